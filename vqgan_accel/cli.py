@@ -1,0 +1,106 @@
+"""The `vqgan-accel` command; train.py and evaluate.py call it too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)  # told in a sentence; anything else is our bug and shows its traceback
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after an error told in one sentence (`--debug` shows its traceback)."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional after an option; overrides may stand anywhere
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        options.run(options)
+    except USER_ERRORS as error:
+        if options.debug:
+            raise
+        rank = os.environ.get("RANK")
+        where = f" (process {rank})" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"error{where}: {explain(error)}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def explain(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vqgan-accel", description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN).")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, summary: str, run: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run)
+        return command
+
+    overrides = {"nargs": "*", "metavar": "key=value", "help": "such as training.max_steps=200 data.path=FOLDER"}
+
+    train = add("train", "Train a tokenizer; also under accelerate launch or torchrun.", run_train)
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    train.add_argument("--resume", action="store_true", help="go on from output_dir's newest checkpoint, if it has one")
+
+    evaluate = add("evaluate", "Measure a tokenizer on a split; also under accelerate launch or torchrun.", run_evaluate)
+    evaluate.add_argument("path", type=Path, help="a run, a checkpoint, or a folder of save_pretrained")
+    evaluate.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")
+
+    describe = add("describe", "Parameters, latent grid, bits per pixel and GFLOP of a config.", run_describe)
+    describe.add_argument("config", type=Path, help="YAML file")
+    describe.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    describe.add_argument("--json", action="store_true", help="print JSON")
+
+    doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
+    doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
+    return parser
+
+
+# The commands import what they need when they run: `--help` and a misspelt option answer at once.
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import load_config
+    from vqgan_accel.training.loop import train
+
+    train(load_config(options.config, options.overrides), options.resume)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from vqgan_accel.evaluation.evaluate import evaluate
+
+    evaluate(options.path, options.overrides, options.output)
+
+
+def run_describe(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import load_config
+    from vqgan_accel.describe import describe, description_lines
+
+    summary = describe(load_config(options.config, options.overrides))
+    print(json.dumps(summary, indent=2) if options.json else "\n".join(description_lines(summary)))
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import WeightFiles, load_config
+    from vqgan_accel.doctor import doctor_lines
+
+    weights = load_config(options.config).weights if options.config else WeightFiles()
+    print("\n".join(doctor_lines(weights)))

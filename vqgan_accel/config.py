@@ -1,0 +1,423 @@
+"""The typed schema of a run: YAML plus dotted overrides in, one validated object out.
+
+`load_config("configs/demo.yaml", ["training.max_steps=200"])` raises `ValueError` with one sentence per mistake before
+anything else starts. Everything that needs the data set's size or the number of processes is checked by
+`vqgan_accel.training.plan`, still before the first step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from vqgan_accel.run_folder import write_atomically
+
+GROUP_NORM_GROUPS = 32
+
+
+class Duration(NamedTuple):
+    """A length of training, written in YAML as `500 steps` or `7.5 epochs`."""
+
+    value: float
+    unit: Literal["steps", "epochs"]
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """The duration in optimizer steps, rounded to the nearest."""
+        return round(self.value * (steps_per_epoch if self.unit == "epochs" else 1))
+
+    def __str__(self) -> str:
+        unit = self.unit if self.value != 1 else self.unit[:-1]
+        return f"{self.value:g} {unit}"
+
+
+def _parse_duration(value: object) -> object:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(steps?|epochs?)\s*", value) if isinstance(value, str) else None
+    if isinstance(value, Duration):
+        return value
+    if match is None:
+        raise ValueError("a duration is a number and a unit, such as '500 steps' or '7.5 epochs'")
+    unit: Literal["steps", "epochs"] = "steps" if match[2].startswith("step") else "epochs"
+    if unit == "steps" and not float(match[1]).is_integer():
+        raise ValueError("a duration in steps is a whole number, such as '500 steps'")
+    return Duration(float(match[1]), unit)
+
+
+DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    backend: Literal["folder", "hub"] = "folder"  # plain image files | Hugging Face datasets
+    path: str | None = None  # image folder, local data set, or (hub) a data set's name on the Hugging Face hub
+    subset: str | None = None  # hub: the configuration's name, for data sets that have several
+    revision: str | None = None  # hub: branch, tag or commit of the data set
+    image_column: str = "image"  # hub: the column that holds the image
+    train_split: str = "train"  # folder: PATH/train; hub: the split's name
+    validation_split: str = "validation"
+    test_split: str = "test"
+    image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size
+    crop_scale: Annotated[tuple[float, float], Field(strict=False)] | None = (0.7, 1.0)  # training: area of the random
+    # square crop over the image's area, drawn as RandomResizedCrop(ratio=1) does; null: short side resized, centre crop
+    horizontal_flip: bool = True  # training: flip with probability 1/2
+    workers: int = Field(4, ge=0)  # loader processes per training process
+    on_error: Literal["raise", "skip"] = "raise"  # a broken image stops the run, or is replaced, counted and reported
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is [smallest, largest] with 0 < smallest <= largest <= 1, not {self.crop_scale}")
+        return self
+
+
+class AutoencoderConfig(Section):
+    """The defaults are the seed's last revision (`head`) but for norm_variance, where that used `unbiased`.
+
+    Its tables (`old`): upsample_conv false, norm_eps 1e-5, output_activation none, pixel_statistics imagenet.
+    """
+
+    channels: int = Field(128, gt=0)  # width of the first level
+    channel_multipliers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (1, 2, 2, 4)  # one per level
+    num_res_blocks: int = Field(2, ge=1)  # per level, and at the bottom
+    upsample_conv: bool = True  # a 3x3 convolution after each nearest-neighbour upsampling
+    norm_eps: float = Field(1e-6, gt=0)  # GroupNorm's epsilon
+    norm_variance: Literal["biased", "unbiased"] = "biased"  # of GroupNorm: over n (torch's), or over n - 1
+    output_activation: Literal["tanh", "none"] = "tanh"
+    pixel_statistics: Literal["half", "imagenet"] = "half"  # what the networks see inside: [-1, 1], or (x - mean) / std
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderConfig:
+        for multiplier in self.channel_multipliers:
+            if multiplier < 1 or self.channels * multiplier % GROUP_NORM_GROUPS:
+                raise ValueError(
+                    f"channels {self.channels} x multiplier {multiplier} = {self.channels * multiplier} cannot be split "
+                    f"into GroupNorm's {GROUP_NORM_GROUPS} groups; make every product a positive multiple of {GROUP_NORM_GROUPS}"
+                )
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** len(self.channel_multipliers)
+
+
+class CodebookConfig(Section):
+    num_codes: int = Field(1024, ge=2)  # K
+    embedding_dim: int = Field(256, ge=1)  # D
+
+
+class NearestCodeConfig(CodebookConfig):
+    """What the three quantizers that pick the nearest code share."""
+
+    commitment_cost: float = Field(0.25, ge=0)  # beta (van den Oord et al. 2017, eq. 3)
+    reinit_every_epochs: int | None = Field(None, ge=1)  # replace the codes that no image of the epoch used; null: never
+    reinit_from: Literal["latents", "used_codes"] = "latents"  # encoder outputs | perturbed copies of the codes in use
+
+
+class StandardQuantizerConfig(NearestCodeConfig):
+    type: Literal["standard"]
+
+
+class EMAQuantizerConfig(NearestCodeConfig):
+    type: Literal["ema"]
+    decay: float = Field(0.99, ge=0, lt=1)  # per optimizer step (van den Oord et al. 2017, appendix A.1)
+    epsilon: float = Field(1e-5, gt=0)  # Laplace smoothing of the counts
+
+
+class EntropyQuantizerConfig(NearestCodeConfig):
+    type: Literal["entropy"]
+    entropy_ratio: float = Field(0.1, ge=0)  # weight of the entropy loss (MaskGIT's tokenizer)
+    entropy_temperature: float = Field(0.01, gt=0)  # of softmax(-distance / temperature)
+    entropy_target: Literal["softmax", "argmax"] = "softmax"
+
+
+class GumbelQuantizerConfig(CodebookConfig):
+    type: Literal["gumbel"]
+    straight_through: bool = False  # hard one-hot forward, soft gradient
+    temperature_start: float = Field(1.0, gt=0)  # tau (Jang et al. 2017), cosine from start to end
+    temperature_end: float = Field(0.0625, gt=0)
+    temperature_decay: DurationField = Duration(7.5, "epochs")
+    kl_cost: float = Field(0.00859375, ge=0)  # 6.6 / 768 (Ramesh et al. 2021, A.2: per pixel value, 256 px at f = 16)
+    kl_warmup: DurationField = Duration(0.24, "epochs")
+
+
+QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | GumbelQuantizerConfig
+
+
+class LossConfig(Section):
+    l1_weight: float = Field(0.8, ge=0)
+    l2_weight: float = Field(0.2, ge=0)
+    perceptual_weight: float = Field(1.0, ge=0)  # 0: the network is not even loaded
+    perceptual_network: Literal["lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_v2"] = "lpips_vgg"
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.l1_weight + self.l2_weight + self.perceptual_weight == 0:
+            raise ValueError("l1_weight, l2_weight and perceptual_weight are all 0; give at least one a positive value")
+        return self
+
+
+class DiscriminatorConfig(Section):
+    type: Literal["stylegan2"] = "stylegan2"
+    channel_base: int = Field(32768, gt=0)  # channels at resolution r: min(channel_base / r, channel_max)
+    channel_max: int = Field(512, gt=0)
+    minibatch_stddev_group: int = Field(4, ge=1)  # samples per group of the minibatch-stddev layer
+    loss: Literal["hinge", "non_saturating"] = "non_saturating"
+    start: DurationField = Duration(0, "epochs")  # adversarial training begins here; before it, D neither runs nor learns
+    weight: float = Field(0.1, ge=0)  # of the generator's adversarial loss; times lambda where adaptive
+    adaptive_weight: bool = False  # lambda of Esser et al. 2021, eq. 7
+    r1_weight: float = Field(0.0, ge=0)  # coefficient of mean |grad D(x)|^2 as applied (Mescheder et al. 2018); 0: off
+    r1_every: int = Field(16, ge=1)  # optimizer steps between two applications (lazy regularisation)
+
+
+Metric = Literal["l2", "psnr", "ssim", "lpips", "mobilenet_distance", "rfid", "fd_mobilenet", "codebook"]
+# metric in `metrics` -> the names it adds to the results; those in LOWER_IS_BETTER improve downwards
+METRIC_RESULTS: dict[str, tuple[str, ...]] = {
+    "l2": ("l2",),
+    "psnr": ("psnr", "psnr_per_image"),
+    "ssim": ("ssim",),
+    "lpips": ("lpips",),
+    "mobilenet_distance": ("mobilenet_distance",),
+    "rfid": ("rfid",),
+    "fd_mobilenet": ("fd_mobilenet",),
+    "codebook": ("perplexity", "codebook_usage"),
+}
+LOWER_IS_BETTER = frozenset({"l2", "lpips", "mobilenet_distance", "rfid", "fd_mobilenet"})
+
+
+class TrainingConfig(Section):
+    max_epochs: float | None = Field(None, gt=0)  # training ends at max_epochs or max_steps, whichever comes first
+    max_steps: int | None = Field(None, ge=1)  # optimizer steps
+    total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: what `accelerate launch` says, else no
+    base_lr: float = Field(1e-4, gt=0)  # learning rate of both networks at base_batch_size
+    base_batch_size: int = Field(256, ge=1)
+    lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"  # lr = base_lr * f(total_batch_size / base_batch_size)
+    lr_warmup: DurationField = Duration(0, "steps")  # linear from 0
+    lr_decay: DurationField | None = None  # cosine from the start of training to lr_final_ratio; null: all of training
+    lr_final_ratio: float = Field(0.1, ge=0, le=1)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)  # AdamW, both networks
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)  # the tokenizer's convolution weights and all of D
+    max_grad_norm: float | None = Field(None, gt=0)  # clip each network's gradient to this norm; null: do not
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # average of the tokenizer's weights, per step; null: none
+    max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss before the run stops
+    log_every: int = Field(50, ge=1)  # steps
+    validate_every: DurationField = Duration(1, "epochs")
+    validation_metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ("l2", "psnr", "ssim", "codebook")
+    checkpoint_every: DurationField = Duration(1, "epochs")
+    keep_checkpoints: int = Field(3, ge=1)  # the newest ones; the best one stays besides
+    best_metric: str = "psnr"  # of the validation results
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.max_epochs is None and self.max_steps is None:
+            raise ValueError("give max_epochs or max_steps: nothing says when training ends")
+        if self.total_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"total_batch_size {self.total_batch_size} is not divisible by gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas are two numbers in [0, 1), not {list(self.betas)}")
+        results = [name for metric in self.validation_metrics for name in METRIC_RESULTS[metric]]
+        if self.best_metric not in results:
+            raise ValueError(f"best_metric '{self.best_metric}' is not among the validation results: {', '.join(results)}")
+        for limit, unit in ((self.max_epochs, "epochs"), (self.max_steps, "steps")):
+            if limit is not None and self.lr_warmup.unit == unit and self.lr_warmup.value > limit:
+                raise ValueError(f"lr_warmup ({self.lr_warmup}) is longer than training ({limit:g} {unit}); shorten it")
+        return self
+
+
+class EvaluationConfig(Section):
+    split: Literal["train", "validation", "test"] = "validation"
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ("l2", "psnr", "ssim", "lpips", "rfid", "codebook")
+    lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg"
+    batch_size: int = Field(32, ge=1)  # images per process
+    grid_images: int = Field(8, ge=0)  # originals over reconstructions in the picture
+
+
+class WeightFiles(Section):
+    """Files with the published weights of fixed networks, for machines without a network; null: download once."""
+
+    vgg16: str | None = None  # torchvision's ImageNet state dict, for LPIPS
+    alexnet: str | None = None
+    squeezenet: str | None = None
+    mobilenet_v2: str | None = None
+    inception: str | None = None  # torch-fidelity's pt_inception-2015-12-05, for rFID
+
+
+class TrackingConfig(Section):
+    trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
+    project: str = "vqgan_accel"
+    run_name: str | None = None  # null: the output folder's name
+    wandb_mode: Literal["online", "offline"] = "online"
+
+
+class Config(Section):
+    output_dir: str = "runs/default"  # checkpoints, metrics.jsonl, pictures, the resolved config
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    quantizer: QuantizerConfig = Field(StandardQuantizerConfig(type="standard"), discriminator="type")
+    losses: LossConfig = LossConfig()
+    discriminator: DiscriminatorConfig | None = None  # null: train without one
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    weights: WeightFiles = WeightFiles()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        size, stride = self.data.image_size, self.autoencoder.stride
+        if size % stride:
+            raise ValueError(
+                f"data.image_size {size} is not divisible by {stride}, the stride of an autoencoder with "
+                f"{len(self.autoencoder.channel_multipliers)} levels (autoencoder.channel_multipliers)"
+            )
+        if self.discriminator and (size < 8 or size & (size - 1)):
+            raise ValueError(
+                f"the StyleGAN2 discriminator needs data.image_size to be a power of two of at least 8, not {size}; "
+                "change it or set discriminator=null"
+            )
+        if self.discriminator:
+            group = self.discriminator.minibatch_stddev_group
+            micro_batch = self.training.total_batch_size // self.training.gradient_accumulation_steps
+            if micro_batch % group:
+                raise ValueError(
+                    f"each accumulation round holds {micro_batch} images (training.total_batch_size / "
+                    f"training.gradient_accumulation_steps), which discriminator.minibatch_stddev_group {group} does not divide"
+                )
+        if size < 11 and "ssim" in self.evaluation.metrics + self.training.validation_metrics:
+            raise ValueError(f"SSIM's window of 11 pixels does not fit data.image_size {size}; remove 'ssim' from the metrics")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises FileNotFoundError for a missing file and ValueError, naming each wrong key and what would be right, otherwise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file at {path}{_yaml_neighbours(path)}")
+    try:
+        values = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig):
+        raise ValueError(f"{path} must hold sections such as 'data:' and 'training:', and it holds none")
+    return parse_config(values, overrides, source=str(path))
+
+
+def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
+    """A Config from plain values and overrides; `source` is what error sentences name."""
+    for override in overrides:
+        if not re.match(r"[A-Za-z_][\w.]*=", override):
+            raise ValueError(f"'{override}' is not an override; write section.key=value, such as training.max_steps=200")
+    try:
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "\n".join(_sentence(detail) for detail in error.errors())) from None
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{source}: an override does not fit: {' '.join(str(error).split())}") from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back to an equal object."""
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def flat_config(config: Config) -> dict[str, bool | int | float | str]:
+    """Dotted keys to plain values; what is no number, bool or string is shown as one."""
+    flat: dict[str, bool | int | float | str] = {}
+
+    def visit(values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+
+    visit(config.model_dump(mode="json"), "")
+    return flat
+
+
+def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, for suggestions."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for section in _sections(field.annotation):
+            keys += config_keys(section, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    candidates = [annotation, *get_args(annotation)]
+    return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
+
+
+def _sentence(detail: Any) -> str:
+    """One pydantic error as a sentence that names the key as the user writes it."""
+    tags = {tag for section in _sections(QuantizerConfig) for tag in get_args(section.model_fields["type"].annotation)}
+    location = detail["loc"]
+    if location[:1] == ("quantizer",) and len(location) > 1 and location[1] in tags:
+        location = location[:1] + location[2:]  # pydantic names the union's branch there
+    key = ".".join(str(part) for part in location)
+    given = detail.get("input")
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{key}'{_suggestion(key)}"
+        case "missing":
+            return f"'{key}' is missing"
+        case "union_tag_not_found":
+            return "'quantizer.type' is missing; give standard, ema, entropy or gumbel"
+        case "union_tag_invalid":
+            return f"'quantizer.type' is {given.get('type')!r} but must be standard, ema, entropy or gumbel"
+        case "value_error":
+            return f"{key + ': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
+    if key == "training.mixed_precision" and given == "fp16":
+        return (
+            "'training.mixed_precision' cannot be fp16: one gradient scaler would serve two networks' optimizers, and its "
+            "skipped steps would break the codebook's moving averages; use bf16 (same range as float32) or no"
+        )
+    return f"'{key}' is {given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _suggestion(key: str) -> str:
+    keys = config_keys()
+    if key in keys:
+        return f": '{key}' belongs to another {key.split('.')[0]}.type"
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    near = near or [known for known in keys if known.rsplit(".", 1)[-1] == leaf][:1]
+    if not near:
+        leaves = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
+    return f"; did you mean '{near[0]}'?" if near else f"; see the fields in {Path(__file__).name}"
+
+
+def _yaml_neighbours(path: Path) -> str:
+    found = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""
+
+
+def batch_scale(training: TrainingConfig) -> float:
+    """Factor from base_lr to the learning rate in use."""
+    ratio = training.total_batch_size / training.base_batch_size
+    return {"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[training.lr_scaling]

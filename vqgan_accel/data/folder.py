@@ -1,0 +1,91 @@
+"""Images as plain files below PATH/SPLIT, in an order that is the same on every machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from vqgan_accel.data.source import decode_image, listed, nearest_name
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+class FolderSource:
+    """Every image file below `root/split`, sorted by its relative path.
+
+    Letter case of the extension does not matter, links are followed, and names that begin with a dot are left out
+    (.ipynb_checkpoints, macOS's ._photo.jpg). `key` is the config key that named the split, for error sentences.
+    Raises FileNotFoundError for a missing folder and ValueError where there is no image in it.
+    """
+
+    def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
+        self.folder = _split_folder(root, split, key)
+        self.files = _image_files(self.folder)
+        if not self.files:
+            raise ValueError(
+                f"no images below {self.folder}; put files there that end in {', '.join(EXTENSIONS)} (any letter case)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.files[index])
+
+    def open(self, index: int) -> Image.Image:
+        return decode_image(self.folder / self.files[index])
+
+
+def _split_folder(root: Path, split: str, key: str) -> Path:
+    if root.is_file():
+        raise ValueError(f"data.path {root} is a file, not a folder of images; for a parquet file set data.backend=hub")
+    if not root.is_dir():
+        near = nearest_name(root.name, _folders(root.parent)) if root.parent.is_dir() else None
+        hint = f"did you mean {root.parent / near}?" if near else f"give a folder that holds the folder '{split}'"
+        raise FileNotFoundError(f"no folder at data.path {root}; {hint}")
+    if not (root / split).is_dir():
+        folders = _folders(root)
+        near = nearest_name(split, folders)
+        if folders:
+            hint = f"it has {listed(folders)}; set {key}={near}" if near else f"set {key} to one of {listed(folders)}"
+        else:
+            hint = f"it has no folders; move the images there, or set {key}=. to use {root} itself"
+        raise FileNotFoundError(f"no folder '{split}' in data.path {root}; {hint}")
+    return root / split
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Relative posix paths, sorted. A folder that several links lead to is read once, so that loops end."""
+    files: list[str] = []
+    read: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        status = os.stat(folder / prefix)
+        if (status.st_dev, status.st_ino) in read:
+            continue
+        read.add((status.st_dev, status.st_ino))
+        subfolders = []
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    subfolders.append(f"{prefix}{entry.name}/")
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    files.append(prefix + entry.name)
+        pending += sorted(subfolders, reverse=True)  # which of two links is read must not depend on the file system
+    return sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: not a folder; named as a broken image if it looks like one
+        return False

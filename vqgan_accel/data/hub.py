@@ -1,0 +1,167 @@
+"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, an image folder) or by name from the hub.
+
+The library stores and finds the rows; decoding stays with us, so that a broken row can be named and images are
+treated alike wherever they come from.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from PIL import Image
+
+from vqgan_accel.config import DataConfig
+from vqgan_accel.data.source import SplitName, decode_image, listed, nearest_name
+
+
+class HubSource:
+    """The image column of one split of `config.path`.
+
+    The split's name is `config.train_split`, `.validation_split` or `.test_split`. A slice such as 'train[:90%]' is a
+    split too, except of what save_to_disk wrote.
+    Raises FileNotFoundError or ValueError for an unknown data set, split or column, naming those that there are.
+    """
+
+    def __init__(self, config: DataConfig, split: SplitName) -> None:
+        wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split]
+        path = Path(str(config.path)).expanduser()
+        if path.exists():
+            if config.subset or config.revision:
+                raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
+            with _without_progress_bars():
+                dataset = _load_local(path, wanted, f"data.{split}_split")
+        else:
+            dataset = _load_from_hub(config, wanted, f"data.{split}_split")
+        self.title = f"{config.path}[{wanted}]"
+        self.column = config.image_column
+        self.rows = _image_rows(dataset, self.column, self.title)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} row {index}"
+
+    def open(self, index: int) -> Image.Image:
+        image = self.rows[index][self.column] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            return decode_image(BytesIO(image["bytes"]))
+        if image["path"] is not None:
+            return decode_image(image["path"])
+        raise ValueError("the row holds no image")
+
+
+def _load_local(path: Path, split: str, key: str) -> datasets.Dataset:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        with _one_sentence(path):
+            saved = datasets.load_from_disk(str(path))
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or path.name): saved}
+        _require_split(split, split, splits, path, key)
+        return splits[split]
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"data.path {path} is neither a .parquet file nor a folder, which is what backend hub reads")
+    # two levels: a look into every class folder of an image folder would take minutes
+    files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+    if not files:
+        return _built(path, split, key, "imagefolder", data_dir=str(path))
+    base, slice_ = _base_and_slice(split)
+    folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
+    chosen = [
+        glob.escape(str(file))
+        for file in files
+        if re.match(rf"{re.escape(base)}(?![a-zA-Z])", file.stem) or folders.get(file) == base
+    ]
+    if not chosen:
+        names = {re.split("[-_.]", file.stem)[0] for file in files} | set(folders.values())
+        _require_split(split, base, names, path, key)
+    return _built(path, "rows" + slice_, key, "parquet", data_files={"rows": chosen})
+
+
+def _load_from_hub(config: DataConfig, split: str, key: str) -> datasets.Dataset:
+    path = str(config.path)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
+        raise FileNotFoundError(f"no file or folder at data.path {path}; give one, or a name on the Hugging Face hub")
+    return _built(path, split, key, path, config.subset, revision=config.revision)
+
+
+def _built(path: Path | str, split: str, key: str, *arguments: Any, **options: Any) -> datasets.Dataset:
+    """What datasets.load_dataset(*arguments, **options) gives, but a wrong split is found before a long download."""
+    with _one_sentence(path):
+        builder = datasets.load_dataset_builder(*arguments, **options)
+    _require_split(split, _base_and_slice(split)[0], builder.info.splits or builder.config.data_files, path, key)
+    with _one_sentence(path):
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def _base_and_slice(split: str) -> tuple[str, str]:
+    """'train[:90%]' -> 'train', '[:90%]'."""
+    base, bracket, rest = split.partition("[")
+    return base, bracket + rest
+
+
+def _require_split(split: str, base: str, known: Iterable[str], path: Path | str, key: str) -> None:
+    known = sorted(known)
+    if base not in known:
+        near = nearest_name(base, known)
+        hint = f"it has {listed(known)}; set {key}={near}" if near else f"set {key} to one of {listed(known)}"
+        raise ValueError(f"no split '{split}' in data.path {path}; {hint}")
+
+
+def _image_rows(dataset: datasets.Dataset, column: str, title: str) -> datasets.Dataset:
+    """The one column, each row {bytes, path} or None."""
+    columns = dataset.column_names
+    if column not in columns:
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        near = images[0] if len(images) == 1 else nearest_name(column, images or columns)
+        hint = f"did you mean data.image_column={near}?" if near else "set data.image_column to one of them"
+        raise ValueError(f"no column '{column}' in {title}, which has {listed(columns)}; {hint}")
+    if not len(dataset):
+        raise ValueError(f"{title} has no rows; give a split that has some")
+    dataset = dataset.select_columns([column])
+    try:
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last is Arrow's
+        raise ValueError(
+            f"column '{column}' of {title} holds {dataset.features[column]}, not images; set another data.image_column"
+        ) from error
+
+
+@contextmanager
+def _one_sentence(path: Path | str) -> Iterator[None]:
+    """Turns what `datasets` raises into sentences for users."""
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"data.path {path} is no local file or folder, nor a data set that the Hugging Face hub shows you; correct "
+            "it (and data.revision, if set), or log in with `hf auth login` if the data set is private"
+        ) from error
+    except ConnectionError as error:
+        raise FileNotFoundError(
+            f"data.path {path} is no local file or folder, and the Hugging Face hub cannot be reached to look for it "
+            "there; give a folder, or connect to the network"
+        ) from error
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"data.path {path} cannot be read by the `datasets` library: {reason}") from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """For local data, where they flash by once per process; a download from the hub keeps its bars."""
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()

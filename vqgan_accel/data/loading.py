@@ -1,0 +1,198 @@
+"""The one door to the images: sources by config, and torch loaders whose batches depend on position alone.
+
+Accelerate does not prepare these loaders: the order already knows about processes, and images stay uint8 until
+`to_float` on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from vqgan_accel.config import DataConfig
+from vqgan_accel.data.folder import FolderSource
+from vqgan_accel.data.order import Key, TrainingOrder
+from vqgan_accel.data.source import ImageSource, SplitName
+from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
+
+
+class Batch(TypedDict):
+    image: Tensor  # uint8 (B, 3, S, S)
+    index: Tensor  # int64 (B,), which image of the source each one is
+    skipped: int  # broken images that were replaced (training) or left out (evaluation)
+
+
+def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
+    """The images of one split. ValueError or FileNotFoundError, one sentence, for a wrong path, split or column."""
+    if config.path is None:
+        raise ValueError("data.path is not set; give data.path=FOLDER")
+    match config.backend:
+        case "folder":
+            splits = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+            return FolderSource(Path(config.path).expanduser(), splits[split_name], key=f"data.{split_name}_split")
+        case "hub":
+            from vqgan_accel.data.hub import HubSource  # importing `datasets` takes seconds
+
+            return HubSource(config, split_name)
+
+
+def training_loader(
+    source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Micro-batches in `order`, each image cropped and flipped by its key (order.seed, epoch, index).
+
+    With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key.
+    Iterating raises ValueError, one sentence, at a broken image otherwise, and where no image at all is readable.
+    """
+    assert order.num_images == len(source)
+    views = _TrainingViews(source, config, order.seed)
+    return _ImageLoader(views, batch_sampler=order, **_loader_options(config, pin_memory))
+
+
+def evaluation_loader(
+    source: ImageSource, config: DataConfig, batch_size: int, process_index: int, num_processes: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """The images process_index, process_index + num_processes, ...: over all processes each one exactly once.
+
+    Nothing is padded: the last batch may be small, and processes may have different numbers of batches. With
+    data.on_error=skip broken images are left out, so that a batch may even be (0, 3, S, S). Errors as in training.
+    """
+    shard = range(process_index, len(source), num_processes)
+    views = _EvaluationViews(source, config)
+    return _ImageLoader(views, sampler=shard, batch_size=batch_size, **_loader_options(config, pin_memory))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) in [0, 255] -> float32 in [-1, 1], on the device where the images are."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class _Item:
+    index: int
+    image: Tensor | None  # None: broken and left out
+    skipped: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A sentence for the user. It travels as a value: what a worker raises arrives wrapped in its whole traceback."""
+
+    sentence: str
+
+
+class _Views(Dataset[_Item | _Failure]):
+    """What the workers compute. A subclass says which view of an image a key stands for."""
+
+    def __init__(self, source: ImageSource, config: DataConfig) -> None:
+        self.source = source
+        self.config = config
+        self.reported: set[int] = set()  # per worker: each has its own copy
+
+    def first_readable(self, start: int) -> tuple[int, Image.Image] | _Failure:
+        """The image at `start` or, with on_error=skip, at the first readable index after it (cyclic)."""
+        for distance in range(len(self.source)):
+            index = (start + distance) % len(self.source)
+            try:
+                return index, to_rgb(self.source.open(index))
+            except Exception as error:  # on damaged files Pillow's decoders raise nearly every type there is
+                broken, reason = self.source.name(index), _reason(error)
+            if self.config.on_error == "raise":
+                return _Failure(f"cannot read image {broken}: {reason}; remove or repair it, or set data.on_error=skip")
+            if index not in self.reported:
+                self.reported.add(index)
+                print(f"skipping image {broken}: {reason}", file=sys.stderr, flush=True)
+        return _Failure(f"none of the {len(self.source)} images can be read; the last tried was {broken}: {reason}")
+
+
+class _TrainingViews(_Views):
+    def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
+        super().__init__(source, config)
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> _Item | _Failure:
+        epoch, wanted = key
+        found = self.first_readable(wanted)
+        if isinstance(found, _Failure):
+            return found
+        index, image = found
+        config = self.config
+        augmentation = (config.crop_scale, config.horizontal_flip, self.seed, epoch, index)
+        return _Item(index, training_view(image, config.image_size, *augmentation), skipped=int(index != wanted))
+
+
+class _EvaluationViews(_Views):
+    def __getitem__(self, wanted: int) -> _Item | _Failure:
+        # a readable neighbour is not used, but shows that the data set is not wholly broken
+        found = self.first_readable(wanted)
+        if isinstance(found, _Failure):
+            return found
+        index, image = found
+        if index != wanted:
+            return _Item(wanted, None, skipped=1)
+        return _Item(index, evaluation_view(image, self.config.image_size), skipped=0)
+
+
+class _ImageLoader(DataLoader[Any]):
+    """A DataLoader that raises, in the main process, the failures that workers return."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, _Failure):
+                raise ValueError(batch.sentence)
+            yield batch
+
+
+def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
+    return {
+        "num_workers": config.workers,
+        "persistent_workers": config.workers > 0,
+        "worker_init_fn": _leave_process_group,
+        "pin_memory": pin_memory,
+        "collate_fn": partial(_collate, config.image_size),
+        "generator": torch.Generator(),  # else each iteration would draw a seed from torch's global state
+    }
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C, torchrun and SLURM signal the whole group; the training process needs its workers to stop in good order.
+
+    (torch itself sets a worker's threads to 1, without which forking after parallel work can hang, and ends workers
+    whose parent is gone.)
+    """
+    os.setpgrp()
+
+
+def _collate(image_size: int, items: list[_Item | _Failure]) -> Batch | _Failure:
+    kept = []
+    skipped = 0
+    for item in items:
+        if isinstance(item, _Failure):
+            return item
+        skipped += item.skipped
+        if item.image is not None:
+            kept.append(item)
+    images = [item.image for item in kept]
+    return {
+        "image": default_collate(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        "index": torch.tensor([item.index for item in kept], dtype=torch.int64),
+        "skipped": skipped,
+    }
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own sentence names a BytesIO at some address
+        return "it is not an image that Pillow can identify"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

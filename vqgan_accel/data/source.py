@@ -1,0 +1,43 @@
+"""What a source of images offers to the loaders, and the few lines that all sources share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, Protocol
+
+from PIL import Image
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class ImageSource(Protocol):
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What an error sentence calls the image: a file's path, or 'DATASET[split] row i'."""
+
+    def open(self, index: int) -> Image.Image:
+        """The image as stored (any mode), fully loaded. What it raises on a broken image is up to Pillow."""
+
+
+def decode_image(file: str | Path | BytesIO) -> Image.Image:
+    """The first frame of an image file, in memory; the file is closed again."""
+    with Image.open(file) as image:
+        image.load()
+        return image
+
+
+def nearest_name(wanted: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant: it begins alike (val, validation) or is spelt alike; None if none is."""
+    names = list(known)
+    alike = [name for name in names if name.lower()[:3] == wanted.lower()[:3]]
+    near = difflib.get_close_matches(wanted, alike, n=1, cutoff=0) or difflib.get_close_matches(wanted, names, n=1)
+    return near[0] if near else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for an error sentence, shortened where there are many."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,111 @@
+"""From a PIL image of any kind to the square of pixels that a network sees; pure functions, no global random state."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+# The evaluation protocol, for its fingerprint: numbers from other crops or filters do not compare.
+CROP = "central square of the short side, cropped before one resize"
+RESIZE_FILTER = "PIL bilinear, antialiased, uint8"
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image upright, in 8-bit RGB: transparency on white, 16-bit grey divided by 257, animations' first frame.
+
+    Raises ValueError for floating-point pixels, whose range nothing tells, and for modes that Pillow cannot convert.
+    """
+    image = _upright(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def training_view(
+    image: Image.Image,
+    image_size: int,
+    crop_scale: tuple[float, float] | None,
+    horizontal_flip: bool,
+    seed: int,
+    epoch: int,
+    index: int,
+) -> Tensor:
+    """An RGB image as uint8 (3, S, S): `training_crop` (the centre crop where crop_scale is None), one resize, a flip.
+
+    Everything random comes from (seed, epoch, index): it does not matter which worker asks, when, or after what.
+    """
+    rng = np.random.default_rng((seed, epoch, index))
+    left, top, side = training_crop(*image.size, crop_scale, rng) if crop_scale else _central_square(*image.size)
+    square = _resized_square(image, left, top, side, image_size)
+    if horizontal_flip and rng.random() < 0.5:
+        square = ImageOps.mirror(square)
+    return _to_tensor(square)
+
+
+def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
+    """An RGB image as uint8 (3, S, S): the central square of its short side, resized.
+
+    Cropping comes first. Resizing the short side and cropping then (torchvision's habit) resamples pixels that are
+    thrown away and rounds the long side; the two differ by less than a pixel's shift.
+    """
+    return _to_tensor(_resized_square(image, *_central_square(*image.size), image_size))
+
+
+def training_crop(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """(left, top, side) of a random square, drawn as torchvision's RandomResizedCrop does with ratio (1, 1).
+
+    The square's area is uniform in scale times the image's; after 10 draws that do not fit, the central square.
+    """
+    for _ in range(10):
+        side = round(math.sqrt(width * height * rng.uniform(*scale)))
+        if 0 < side <= min(width, height):
+            top = int(rng.integers(height - side + 1))
+            left = int(rng.integers(width - side + 1))
+            return left, top, side
+    return _central_square(width, height)
+
+
+def _central_square(width: int, height: int) -> tuple[int, int, int]:
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def _resized_square(image: Image.Image, left: int, top: int, side: int, image_size: int) -> Image.Image:
+    # crop, then resize: resize(box=...) would let the filter reach pixels outside of the crop
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.BILINEAR)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says. (ImageOps.exif_transpose rewrites the tags too, and fails at damaged ones.)"""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable tags raise nearly anything, and say nothing about the pixels
+        return image
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image

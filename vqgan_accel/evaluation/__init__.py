@@ -1,0 +1,1 @@
+"""How good it is: metrics over a whole split, comparable by their protocol, and pictures."""

@@ -1,0 +1,182 @@
+"""Evaluate a tokenizer on a whole split: the validation inside training and `evaluate.py` are this one function.
+
+What is measured is what a user gets: images to codes, codes to images, in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgan_accel.config import Config, load_config, parse_config
+from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, to_float
+from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.distributed import sum_over_processes
+from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
+from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.models.weights import state_hash
+from vqgan_accel.run_folder import find_tokenizer, write_json
+
+
+class Evaluation(NamedTuple):
+    results: dict[str, float]
+    num_images: int  # over all processes
+    skipped_images: int
+    code_counts: Tensor  # (K,)
+    originals: Tensor  # (G, 3, H, W) the split's first images, and what became of them, on the CPU
+    reconstructions: Tensor
+    pixels_hash: str  # of every evaluated image after crop and resize, in no order
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: ImageTokenizer,
+    batches: Iterable[Batch],
+    metrics: Metrics,
+    device: torch.device,
+    image_size: int,
+    grid_images: int,
+    hash_pixels: bool = False,
+) -> Evaluation:
+    """`batches`: this process's share, see data.loading.evaluation_loader. Every rank calls it; all get the same results.
+
+    The shares need not be equal: sums are kept per process and reduced once, so nothing is padded or counted twice.
+    """
+    was_training = tokenizer.training
+    tokenizer.eval()
+    metrics.reset()
+    shown = torch.zeros(2, grid_images, 3, image_size, image_size)  # filled by whichever process holds the image
+    counted = torch.zeros(3, dtype=torch.int64)  # images, skipped images, sum of pixel hashes (wrapping around)
+    for batch in batches:
+        images = to_float(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W); B may be 0
+        counted += torch.tensor([len(images), batch["skipped"], 0])
+        if not len(images):
+            continue
+        codes = tokenizer.encode(images)
+        reconstructions = tokenizer.decode(codes)
+        metrics.update(images, reconstructions, codes)
+        for row, position in enumerate(batch["index"].tolist()):
+            if position < grid_images:
+                shown[0, position], shown[1, position] = images[row].cpu(), reconstructions[row].cpu()
+        if hash_pixels:
+            counted[2] += sum(pixel_hash(image) for image in batch["image"])
+    tokenizer.train(was_training)
+    num_images, skipped, pixels = sum_over_processes(counted.to(device)).tolist()
+    if num_images == 0:
+        raise ValueError("not one image of the split could be read: there is nothing to evaluate")
+    shown = sum_over_processes(shown.to(device)).cpu()[:, :num_images]
+    return Evaluation(
+        metrics.compute(), num_images, skipped, metrics.code_counts(), shown[0], shown[1], f"{pixels % 2**64:016x}"
+    )
+
+
+def pixel_hash(image: Tensor) -> int:
+    """uint8 (3, H, W) -> 63 bits of sha256. Sums of them identify a set of images whatever its order."""
+    return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:8], "little") >> 1
+
+
+def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
+    """`evaluate.py`: measure the tokenizer of a run, a checkpoint or a save_pretrained folder on `evaluation.split`.
+
+    Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the run's config,
+    or in the tokenizer's folder) and returns what metrics.json holds. Errors are those of load_config and open_source.
+    """
+    folder, config_file = find_tokenizer(path)
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    config = evaluation_config(tokenizer, config_file, overrides)
+    accelerator = Accelerator(mixed_precision="no")
+    settings, device = config.evaluation, accelerator.device
+    source = open_source(config.data, settings.split)
+    metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
+    if {"rfid", "fd_mobilenet"} & set(settings.metrics) and len(source) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 images and {settings.split} has {len(source)}; leave it out")
+    output = output or (config_file.parent if config_file else folder) / "evaluation" / settings.split
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    batches = evaluation_loader(
+        source,
+        config.data,
+        settings.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        pin_memory=device.type == "cuda",
+    )
+    bar = tqdm(batches, desc=settings.split, unit="batch", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    evaluation = evaluate_tokenizer(
+        tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
+    )
+    report = {
+        "results": evaluation.results,
+        "checkpoint": str(folder),
+        "tokenizer_sha256": state_hash(tokenizer),
+        "skipped_images": evaluation.skipped_images,
+        "protocol": protocol(config, evaluation, metrics),
+    }
+    report["fingerprint"] = fingerprint(report["protocol"])
+    if accelerator.is_main_process:
+        write_json(output / "metrics.json", report)
+        if settings.grid_images:
+            grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
+            grid.save(output / "reconstructions.png")
+        counts = evaluation.code_counts
+        codebook_histogram(counts, perplexity(counts), codebook_usage(counts)).savefig(output / "codebook.png", dpi=120)
+        print(table(report, output), flush=True)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overrides: list[str]) -> Config:
+    """The run's config, or the defaults for a tokenizer without one, with the overrides applied."""
+    if config_file is not None:
+        config = load_config(config_file, overrides)
+    else:
+        values = {"data": {"image_size": tokenizer.config.image_size}, "training": {"max_steps": 1}}
+        config = parse_config(values, overrides)
+    if config.data.image_size % tokenizer.config.autoencoder.stride:
+        raise ValueError(
+            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride {tokenizer.config.autoencoder.stride}"
+        )
+    return config
+
+
+def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:
+    """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are equal."""
+    return {
+        "num_images": evaluation.num_images,
+        "image_size": config.data.image_size,
+        "crop": CROP,
+        "resize_filter": RESIZE_FILTER,
+        "pixels": PIXEL_PROTOCOL,
+        "images_hash": evaluation.pixels_hash,
+        "metrics": list(metrics.names),
+        "lpips_network": config.evaluation.lpips_network if "lpips" in metrics.names else None,
+        "feature_networks_sha256": metrics.network_hashes(),
+        "torchmetrics": version("torchmetrics"),
+    }
+
+
+def fingerprint(protocol: dict[str, Any]) -> str:
+    """16 hex digits of sha256 over the canonical JSON."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+
+
+UNITS = {"psnr": "dB", "psnr_per_image": "dB", "codebook_usage": "%"}
+
+
+def table(report: dict[str, Any], output: Path) -> str:
+    lines = [f"{report['checkpoint']} on {report['protocol']['num_images']:,} images"]
+    lines += [f"  {name:<20}{value:>12.5g} {UNITS.get(name, '')}" for name, value in report["results"].items()]
+    if report["skipped_images"]:
+        lines.append(f"  {report['skipped_images']} unreadable images were left out")
+    lines += [f"  protocol            {report['fingerprint']}", f"written to {output}"]
+    return "\n".join(lines)

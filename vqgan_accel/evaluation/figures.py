@@ -1,0 +1,43 @@
+"""Pictures: originals over their reconstructions, and how evenly the codes are used."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1], clipped -> (B, H, W, 3) uint8"""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
+    """Both (B, 3, H, W) in [-1, 1] -> rows of originals, each above the row of its reconstructions."""
+    originals, rebuilt = to_uint8(images), to_uint8(reconstructions)
+    number, height, width = originals.shape[:3]
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    canvas = np.full((rows * 2 * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index in range(number):
+        left = index % columns * (width + gap)
+        top = index // columns * 2 * (height + gap)
+        canvas[top : top + height, left : left + width] = originals[index]
+        canvas[top + height + gap : top + 2 * height + gap, left : left + width] = rebuilt[index]
+    return Image.fromarray(canvas)
+
+
+def codebook_histogram(counts: Tensor, perplexity: float, usage: float) -> Figure:
+    """counts (K,) -> each code's share of all tokens, most used first, beside the even share 1/K."""
+    share = np.sort(counts.cpu().numpy().astype(float))[::-1] / max(1, int(counts.sum()))
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(np.arange(len(share)), share, step="mid")
+    axes.axhline(1 / len(share), color="black", linewidth=0.8, linestyle=":", label=f"even share, 1/{len(share)}")
+    axes.set(xlabel="codes, most used first", ylabel="share of tokens", xlim=(0, len(share) - 1), ylim=(0, None))
+    axes.set_title(f"{usage:.1f} % of codes used, perplexity {perplexity:.1f}", fontsize=10)
+    axes.legend(frameon=False)
+    return figure

@@ -1,0 +1,190 @@
+"""Metrics over a whole split, on torchmetrics: sums on each process, one reduction at the end, no padding anywhere.
+
+Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics import Metric as TorchMetric
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
+from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
+from vqgan_accel.models.weights import state_hash
+
+PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
+MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of the code distribution; counts (K,). Between 1 and K; 0 where nothing was counted."""
+    p = counts.double() / counts.sum()
+    return float(torch.special.entr(p).sum().exp()) if counts.any() else 0.0
+
+
+def codebook_usage(counts: Tensor) -> float:
+    """Percentage of the K codes that were used at least once; counts (K,)"""
+    return 100 * float((counts > 0).double().mean())
+
+
+class CodeCounts(TorchMetric):
+    """How often each code was used, summed over processes: (K,) int64."""
+
+    counts: Tensor
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(num_codes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, codes: Tensor) -> None:
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def compute(self) -> Tensor:
+        return self.counts
+
+
+class MobileNetFrechetFeatures(nn.Module):
+    """uint8 (B, 3, H, W) -> MobileNetV2's pooled features (B, 1280), for the Frechet distance."""
+
+    num_features = 1280
+
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        self.network = MobileNetFeatures()
+        self.network.load_published(weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.float() / 127.5 - 1)
+
+
+class Metrics:
+    """The metrics named in `names`, accumulated batch by batch. The same instance serves one split, then `reset`.
+
+    Raises ValueError or FileNotFoundError, naming the setting, where a feature network's weights are not to be had.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[Metric],
+        num_codes: int,
+        config: EvaluationConfig,
+        weights: WeightFiles,
+        device: torch.device,
+    ) -> None:
+        self.names = tuple(names)
+        self.parts: dict[str, Any] = {"codebook": CodeCounts(num_codes)}
+        self.networks: dict[str, nn.Module] = {}  # feature networks by metric, for the protocol
+        for name in self.names:
+            match name:
+                case "l2":
+                    self.parts[name] = MeanMetric()
+                case "psnr":
+                    self.parts |= {"l2": MeanMetric(), "psnr_per_image": MeanMetric()}
+                case "ssim":
+                    self.parts[name] = MeanMetric()
+                case "lpips":
+                    self.parts[name] = MeanMetric()
+                    self.networks[name] = load_lpips(config.lpips_network, weights)
+                case "mobilenet_distance":
+                    self.parts[name] = MeanMetric()
+                    self.networks[name] = MobileNetDistance.published(weights.mobilenet_v2)
+                case "rfid":
+                    self.parts[name] = inception_frechet(weights.inception)
+                    self.networks[name] = self.parts[name].inception
+                case "fd_mobilenet":
+                    self.parts[name] = FrechetInceptionDistance(MobileNetFrechetFeatures(weights.mobilenet_v2))
+                    self.networks[name] = self.parts[name].inception
+        for part in self.parts.values():
+            if isinstance(part, MeanMetric):
+                part.set_dtype(torch.float64)  # sums of many images
+            if isinstance(part, FrechetInceptionDistance):
+                part.orig_dtype = torch.float32  # which a process that saw no image would miss
+            part.to(device)
+        for network in self.networks.values():
+            network.to(device)
+
+    @torch.no_grad()
+    def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
+        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w); B may be 0."""
+        if not len(images):
+            return
+        reconstructions = reconstructions.clamp(-1, 1)
+        x, y = (images + 1) / 2, (reconstructions + 1) / 2
+        self.parts["codebook"].update(codes)
+        if "l2" in self.parts:
+            mse = (x.double() - y.double()).square().mean((1, 2, 3))
+            self.parts["l2"].update(mse)
+        if "psnr_per_image" in self.parts:
+            self.parts["psnr_per_image"].update(psnr(mse))
+        if "ssim" in self.parts:
+            ssim = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+            self.parts["ssim"].update(ssim)
+        for name in ("lpips", "mobilenet_distance"):
+            if name in self.parts:
+                self.parts[name].update(self.networks[name](reconstructions, images))
+        for name in ("rfid", "fd_mobilenet"):
+            if name in self.parts:
+                self.parts[name].update((x * 255).round().byte(), real=True)
+                self.parts[name].update((y * 255).round().byte(), real=False)
+
+    def compute(self) -> dict[str, float]:
+        """Every result of METRIC_RESULTS[name] for the metrics asked for; every rank calls it and gets the same."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*compute.* method of metric .* was called before")
+            values = {name: part.compute() for name, part in self.parts.items()}
+        results: dict[str, float] = {}
+        for name in self.names:
+            match name:
+                case "psnr":
+                    results["psnr"] = float(psnr(values["l2"]))  # of the pooled MSE
+                    results["psnr_per_image"] = float(values["psnr_per_image"])
+                case "codebook":
+                    results["perplexity"] = perplexity(values["codebook"])
+                    results["codebook_usage"] = codebook_usage(values["codebook"])
+                case _:
+                    results[name] = float(values[name])
+        return results
+
+    def code_counts(self) -> Tensor:
+        """(K,) int64 over all processes; every rank calls it."""
+        return self.parts["codebook"].compute()
+
+    def reset(self) -> None:
+        for part in self.parts.values():
+            part.reset()
+
+    def network_hashes(self) -> dict[str, str]:
+        return {name: state_hash(network) for name, network in self.networks.items()}
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Decibels, for pixels in [0, 1]."""
+    return -10 * mse.clamp_min(MIN_MSE).log10()
+
+
+def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
+    """FID's own metric over the Inception network of the original TensorFlow code (torch-fidelity's port)."""
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"weights.inception: there is no file {weights}")
+    try:
+        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights)
+    except (URLError, OSError) as error:
+        raise ValueError(
+            f"FID's Inception weights could not be downloaded ({error}); fetch torch-fidelity's "
+            "pt_inception-2015-12-05 file elsewhere and give its path as weights.inception=FILE, or leave 'rfid' out of the metrics"
+        ) from None
+    except Exception as error:  # torch.load and load_state_dict fail in many ways on a file of something else
+        if weights is None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights.inception: {weights} does not hold torch-fidelity's Inception network ({reason})") from None

@@ -1,0 +1,1 @@
+"""What is asked of a tokenizer: reconstruction, perceptual and adversarial losses."""

@@ -1,0 +1,130 @@
+"""Distances in the feature space of a fixed network: LPIPS (Zhang et al. 2018, arXiv 1801.03924, the authors' package) and,
+for machines that cannot download its backbones, the same construction over torchvision's MobileNetV2 without learnt
+channel weights. The second is never called LPIPS.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import lpips
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import mobilenet_v2
+
+from vqgan_accel.config import LossConfig, WeightFiles
+from vqgan_accel.models.tokenizer import IMAGENET_MEAN, IMAGENET_STD
+from vqgan_accel.models.weights import fit_state, freeze, load_published
+
+BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}  # lpips' name -> ours and torchvision's
+MOBILENET_TAPS = (1, 3, 6, 13, 17)  # the last block at each of MobileNetV2's five resolutions
+
+
+def build_perceptual(config: LossConfig, weights: WeightFiles) -> nn.Module | None:
+    """The network of losses.perceptual_network, frozen; None where its weight is 0."""
+    if config.perceptual_weight == 0:
+        return None
+    match config.perceptual_network:
+        case "mobilenet_v2":
+            return MobileNetDistance.published(weights.mobilenet_v2)
+        case "lpips_vgg":
+            return load_lpips("vgg", weights)
+        case "lpips_alex":
+            return load_lpips("alex", weights)
+        case "lpips_squeeze":
+            return load_lpips("squeeze", weights)
+
+
+def load_lpips(network: Literal["vgg", "alex", "squeeze"], weights: WeightFiles) -> LPIPSDistance:
+    """LPIPS v0.1 with its learnt linear heads (in the package) and an ImageNet backbone (downloaded, or the named file)."""
+    backbone = BACKBONES[network]
+    file: str | None = getattr(weights, backbone)
+    distance = LPIPSDistance(network)
+    fit_backbone(distance.lpips.net, load_published(backbone, file), f"weights.{backbone}", file)
+    return distance
+
+
+class LPIPSDistance(nn.Module):
+    """(B, 3, H, W) x 2 in [-1, 1] -> (B,); as built here the backbone is random, see `load_lpips`."""
+
+    def __init__(self, network: Literal["vgg", "alex", "squeeze"]) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(pretrained|weights).*", category=UserWarning)
+            self.lpips = freeze(lpips.LPIPS(net=network, pnet_rand=True, verbose=False))
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return self.lpips(reconstruction, images).flatten()
+
+
+def fit_backbone(net: nn.Module, published: dict[str, Tensor], setting: str, file: str | None) -> None:
+    """Copy torchvision's `features.{i}.*` into lpips' slices, whose modules keep the index i as their name."""
+    state = {}
+    for name in net.state_dict():
+        source = "features." + name.split(".", 1)[1]
+        if source not in published:
+            raise ValueError(f"{setting}: {file or 'the download'} has no tensor '{source}': it is another network's")
+        state[name] = published[source]
+    fit_state(net, state, setting, file)
+
+
+class MobileNetFeatures(nn.Module):
+    """torchvision's MobileNetV2 up to its last convolution, for images in [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = mobilenet_v2(weights=None).features
+        self.register_buffer("mean", 2 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1) - 1, persistent=False)
+        self.register_buffer("std", 2 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        freeze(self)
+
+    def load_published(self, file: str | None) -> None:
+        published = load_published("mobilenet_v2", file)
+        state = {name: tensor for name, tensor in published.items() if name.startswith("features.")}
+        fit_state(self, state, "weights.mobilenet_v2", file)
+
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> the outputs of MOBILENET_TAPS, finest first"""
+        x, taps = (images - self.mean) / self.std, []
+        for index, layer in enumerate(self.features[: MOBILENET_TAPS[-1] + 1]):
+            x = layer(x)
+            if index in MOBILENET_TAPS:
+                taps.append(x)
+        return taps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the pooled features (B, 1280)"""
+        return self.features((images - self.mean) / self.std).mean((2, 3))
+
+
+class MobileNetDistance(nn.Module):
+    """MobileNetV2 feature distance: (B, 3, H, W) x 2 in [-1, 1] -> (B,).
+
+    Features are normalised to unit length along the channels; squared differences are summed over channels, averaged over
+    positions, and summed over the taps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MobileNetFeatures()
+
+    @classmethod
+    def published(cls, file: str | None) -> MobileNetDistance:
+        distance = cls()
+        distance.network.load_published(file)
+        return distance
+
+    def train(self, mode: bool = True) -> MobileNetDistance:
+        return super().train(False)  # batch statistics must never be used or updated
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        distance = torch.zeros(len(images), device=images.device)
+        for a, b in zip(self.network.taps(reconstruction), self.network.taps(images), strict=True):
+            difference = F.normalize(a.float(), dim=1, eps=1e-8) - F.normalize(b.float(), dim=1, eps=1e-8)
+            distance = distance + difference.square().sum(1).mean((1, 2))
+        return distance

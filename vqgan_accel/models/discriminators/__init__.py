@@ -1,0 +1,1 @@
+"""Discriminators: the networks that tell images from reconstructions."""

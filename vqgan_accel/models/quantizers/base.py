@@ -1,0 +1,98 @@
+"""The contract that every quantizer keeps, and the search for the nearest code that three of them share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqgan_accel.models.precision import without_autocast
+
+MAX_DISTANCES = 2**27  # entries of one (tokens, codes) block: 512 MB in float32
+
+
+class QuantizerOutput(NamedTuple):
+    quantized: Tensor  # (B, D, h, w) float32, with the straight-through (or soft) gradient to the latents
+    codes: Tensor  # (B, h, w) int64 in [0, num_codes)
+    loss: Tensor  # scalar: what the quantizer adds to the tokenizer's loss
+    metrics: dict[str, Tensor]  # detached scalars to log: the parts of `loss`
+
+
+class Quantizer(nn.Module):
+    """Turns latents into codes and back.
+
+    `forward(...).codes` in eval mode, a tokenizer's `encode` and a re-encode after save and load are identical.
+    Quantizers compute in float32 whatever the autocast: half precision picks other codes.
+    """
+
+    num_codes: int
+    input_channels: int  # what the encoder must emit: D, or K for logits
+
+    def forward(self, latents: Tensor, sample_seeds: Tensor | None = None) -> QuantizerOutput:
+        """latents (B, input_channels, h, w); sample_seeds (B,) int64 fixes the noise of each sample, where there is any."""
+        with without_autocast(latents):
+            return self.quantize(latents.float(), sample_seeds)
+
+    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+        raise NotImplementedError
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) int64 -> (B, D, h, w) float32"""
+        raise NotImplementedError
+
+    def apply_update(self) -> None:
+        """Called once per optimizer step, on every rank, after the gradients of all accumulation rounds."""
+
+    def discard_update(self) -> None:
+        """Called instead of `apply_update` where the step is skipped."""
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer with a codebook (K, D), input channels D, whose dead codes can be given new vectors."""
+
+    def codebook_vectors(self) -> Tensor:
+        """(K, D) float32"""
+        raise NotImplementedError
+
+    def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
+        """Give `codes` (n,) the new `vectors` (n, D)."""
+        raise NotImplementedError
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        return gather_codes(self.codebook_vectors(), codes)
+
+
+def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """latents (B, D, h, w), codebook (K, D) -> codes (B, h, w) of the smallest Euclidean distance.
+
+    The term |z|^2 changes no argmin and is left out; tokens go in blocks so that the distances fit in memory.
+    """
+    batch, _, height, width = latents.shape
+    blocks = flatten(latents.detach()).split(max(1, MAX_DISTANCES // len(codebook)))
+    return torch.cat([partial_distances(block, codebook.detach()).argmin(1) for block in blocks]).view(batch, height, width)
+
+
+def partial_distances(tokens: Tensor, codebook: Tensor) -> Tensor:
+    """tokens (M, D), codebook (K, D) -> |e|^2 - 2 z.e (M, K): squared distances less |z|^2."""
+    return torch.addmm(codebook.square().sum(1), tokens, codebook.T, alpha=-2)
+
+
+def gather_codes(codebook: Tensor, codes: Tensor) -> Tensor:
+    """codebook (K, D), codes (B, h, w) -> (B, D, h, w)"""
+    return nn.functional.embedding(codes, codebook).permute(0, 3, 1, 2)
+
+
+def flatten(latents: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B*h*w, D)"""
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
+    """Forward: `quantized`. Backward: as if it were `latents` (van den Oord et al. 2017, section 3.2)."""
+    return latents + (quantized - latents).detach()
+
+
+def initial_codebook(num_codes: int, embedding_dim: int) -> Tensor:
+    """(K, D) from U(-1/K, 1/K)"""
+    return torch.empty(num_codes, embedding_dim).uniform_(-1 / num_codes, 1 / num_codes)

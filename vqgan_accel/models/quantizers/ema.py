@@ -1,0 +1,85 @@
+"""The quantizer whose codebook is a moving average of the latents (van den Oord et al. 2017, appendix A.1; Sonnet's
+VectorQuantizerEMA).
+
+Two things differ from most implementations. Statistics are sums over all processes and accumulation rounds, applied once
+per optimizer step, so the codebook does not depend on how a batch is split. Counts start at 1 and sums at the codebook,
+and the smoothing total is that of the counts, so unused codes do not explode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqgan_accel.distributed import sum_over_processes
+from vqgan_accel.models.quantizers.base import (
+    CodebookQuantizer,
+    QuantizerOutput,
+    flatten,
+    gather_codes,
+    initial_codebook,
+    nearest_codes,
+    straight_through,
+)
+
+
+class EMAQuantizer(CodebookQuantizer):
+    """loss = beta |z - sg[e]|^2; N_k <- decay N_k + (1 - decay) n_k, m_k likewise, e_k = m_k / smoothed N_k."""
+
+    counts: Tensor  # (K,) raw moving averages; smoothing is applied on read
+    sums: Tensor  # (K, D)
+    new_counts: Tensor  # (K,) of this optimizer step so far, on this process
+    new_sums: Tensor  # (K, D)
+
+    def __init__(
+        self, num_codes: int, embedding_dim: int, commitment_cost: float, decay: float, epsilon: float
+    ) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.input_channels = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.decay = decay
+        self.epsilon = epsilon
+        self.register_buffer("counts", torch.ones(num_codes))
+        self.register_buffer("sums", initial_codebook(num_codes, embedding_dim))
+        self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
+        self.register_buffer("new_sums", torch.zeros(num_codes, embedding_dim), persistent=False)
+
+    def codebook_vectors(self) -> Tensor:
+        total = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+        return self.sums / smoothed[:, None]
+
+    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+        codebook = self.codebook_vectors()
+        codes = nearest_codes(latents, codebook)
+        quantized = gather_codes(codebook, codes)
+        if self.training:
+            self.new_counts += torch.bincount(codes.flatten(), minlength=self.num_codes)
+            self.new_sums.index_add_(0, codes.flatten(), flatten(latents.detach()))
+        commitment_loss = F.mse_loss(latents, quantized)
+        return QuantizerOutput(
+            straight_through(latents, quantized),
+            codes,
+            self.commitment_cost * commitment_loss,
+            {"commitment_loss": commitment_loss.detach()},
+        )
+
+    @torch.no_grad()
+    def apply_update(self) -> None:
+        self.counts.lerp_(sum_over_processes(self.new_counts), 1 - self.decay)
+        self.sums.lerp_(sum_over_processes(self.new_sums), 1 - self.decay)
+        self.discard_update()
+
+    def discard_update(self) -> None:
+        self.new_counts.zero_()
+        self.new_sums.zero_()
+
+    @torch.no_grad()
+    def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
+        # A count of 1 is the weight of a code that is used about once a step; the sum follows so that m / N is the vector.
+        self.counts[codes] = 1.0
+        total = self.counts.sum()
+        smoothed = (1 + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+        self.sums[codes] = vectors * smoothed

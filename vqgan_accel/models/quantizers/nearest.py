@@ -1,0 +1,46 @@
+"""The standard quantizer: nearest code, codebook trained by gradient (van den Oord et al. 2017, arXiv 1711.00937)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqgan_accel.models.quantizers.base import (
+    CodebookQuantizer,
+    QuantizerOutput,
+    gather_codes,
+    initial_codebook,
+    nearest_codes,
+    straight_through,
+)
+
+
+class StandardQuantizer(CodebookQuantizer):
+    """loss = |sg[z] - e|^2 + beta |z - sg[e]|^2 (eq. 3), means over all elements."""
+
+    def __init__(self, num_codes: int, embedding_dim: int, commitment_cost: float) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.input_channels = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim))
+
+    def codebook_vectors(self) -> Tensor:
+        return self.codebook
+
+    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+        codes = nearest_codes(latents, self.codebook)
+        quantized = gather_codes(self.codebook, codes)
+        codebook_loss = F.mse_loss(quantized, latents.detach())
+        commitment_loss = F.mse_loss(latents, quantized.detach())
+        return QuantizerOutput(
+            straight_through(latents, quantized),
+            codes,
+            codebook_loss + self.commitment_cost * commitment_loss,
+            {"codebook_loss": codebook_loss.detach(), "commitment_loss": commitment_loss.detach()},
+        )
+
+    @torch.no_grad()
+    def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
+        self.codebook[codes] = vectors

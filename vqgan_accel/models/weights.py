@@ -1,0 +1,77 @@
+"""Published weights of fixed networks: from a file that the user names, or torchvision's download, checked either way."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models as tv
+from torchvision.models import WeightsEnum
+
+PUBLISHED: dict[str, WeightsEnum] = {
+    "vgg16": tv.VGG16_Weights.IMAGENET1K_V1,
+    "alexnet": tv.AlexNet_Weights.IMAGENET1K_V1,
+    "squeezenet": tv.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+    "mobilenet_v2": tv.MobileNet_V2_Weights.IMAGENET1K_V1,
+}
+
+
+def load_published(name: str, file: str | None) -> dict[str, Tensor]:
+    """torchvision's ImageNet state dict of `name`, a key of PUBLISHED, from `file` or, where None, its download.
+
+    FileNotFoundError or ValueError says which file is wrong and which setting to give instead.
+    """
+    if file is not None:
+        return load_state(Path(file), f"weights.{name}")
+    try:
+        return dict(PUBLISHED[name].get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the ImageNet weights of {name} could not be downloaded from {PUBLISHED[name].url} ({error}); "
+            f"fetch that file elsewhere and give its path as weights.{name}=FILE, or choose losses and metrics without it"
+        ) from None
+
+
+def load_state(file: Path, setting: str) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or a PyTorch file, never executing what a pickle asks for."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{setting}: there is no file {file}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{setting}: {file} is not a file of weights that can be read safely ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{setting}: {file} does not hold a plain state dict (names to tensors)")
+    return state
+
+
+def fit_state(module: nn.Module, state: dict[str, Tensor], setting: str, file: str | None) -> None:
+    """load_state_dict with the mismatch as one sentence."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{setting}: {file or 'the download'} holds the weights of another network: {reason}") from None
+
+
+def state_hash(module: nn.Module) -> str:
+    """sha256 over a module's tensors in the order of their names: the same weights, the same hash, whatever the file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode, no parameter gradients."""
+    return module.eval().requires_grad_(False)

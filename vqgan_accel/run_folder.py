@@ -1,0 +1,80 @@
+"""Where a run keeps what, and how files there are written: whole or not at all.
+
+RUN/config.yaml                    the resolved config
+RUN/metrics.jsonl                  one JSON object per logged step
+RUN/images/step_00001000.png       validation originals over reconstructions
+RUN/checkpoints/step_00001000/     see training/checkpoint.py; `latest` and `best` are links to such folders
+RUN/evaluation/...                 what evaluate.py measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer"  # folders inside a checkpoint
+TOKENIZER_EMA = "tokenizer_ema"
+
+
+def checkpoints_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = checkpoints_folder(run)
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds the old text or the new, never a part, also after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's renames, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
+    """(folder of a saved tokenizer, its run's config or None) for a run, a checkpoint or a saved tokenizer.
+
+    A run means its latest checkpoint; of a checkpoint the averaged weights are taken where it has them.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no run, checkpoint or saved tokenizer at {path}")
+    checkpoint = path
+    if checkpoints_folder(path).is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path} is a run without a complete checkpoint: train it first")
+        checkpoint = found[-1]
+    config = next((parent / CONFIG for parent in (path, *path.resolve().parents[:3]) if (parent / CONFIG).is_file()), None)
+    for tokenizer in (checkpoint / TOKENIZER_EMA, checkpoint / TOKENIZER, checkpoint):
+        if (tokenizer / "model.safetensors").is_file():
+            return tokenizer, config
+    raise FileNotFoundError(f"{path} holds no tokenizer: give a run folder, a checkpoint or a folder of save_pretrained")

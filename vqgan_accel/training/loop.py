@@ -1,0 +1,232 @@
+"""The training loop, top to bottom.
+
+One optimizer step: for each accumulation round the tokenizer's gradient, then the discriminator's on the same images and the
+same reconstruction; then, if everything is finite on every process, both updates, the codebook's and the average's.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
+from vqgan_accel.data.loading import to_float
+from vqgan_accel.data.order import global_index
+from vqgan_accel.distributed import mean_over_processes, sum_over_processes
+from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
+from vqgan_accel.evaluation.figures import reconstruction_grid
+from vqgan_accel.models.quantizers import GumbelQuantizer
+from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
+from vqgan_accel.run_folder import step_name
+from vqgan_accel.training.checkpoint import save_checkpoint, write_state
+from vqgan_accel.training.codebook import reinitialise_unused
+from vqgan_accel.training.plan import Plan
+from vqgan_accel.training.setup import Setup, set_up
+from vqgan_accel.training.steps import GeneratorStep, discriminator_backward, generator_backward
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Train as `config` says, in `config.output_dir`; with `resume`, go on from its newest intact checkpoint if it has one.
+
+    Runs on one process, or on many (DDP) under `accelerate launch` or `torchrun`. Returns the run folder. Raises ValueError or
+    FileNotFoundError before the first step for what cannot be trained, FloatingPointError where training diverges.
+    """
+    setup = set_up(config, resume)
+    accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
+    quantizer, optimizers, progress = state.tokenizer.quantizer, state.optimizers, state.progress
+
+    while progress.step < plan.total_steps:
+        step = progress.step
+        adversarial = config.discriminator if plan.adversarial_at(step) else None
+        learning = ["tokenizer", "discriminator"] if adversarial else ["tokenizer"]
+
+        # ---- schedules
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate_at(step)
+        if isinstance(config.quantizer, GumbelQuantizerConfig):
+            assert isinstance(quantizer, GumbelQuantizer)
+            quantizer.temperature, quantizer.kl_cost = plan.gumbel_at(step, config.quantizer)
+
+        # ---- gradients of both networks, accumulated over rounds
+        setup.tokenizer.train()
+        rounds: list[GeneratorStep] = []
+        losses: list[dict[str, Tensor]] = []
+        skipped_images = 0
+        for index in range(plan.rounds):
+            batch = next(setup.batches)
+            skipped_images += batch["skipped"]
+            images = to_float(batch["image"].to(accelerator.device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
+            seeds = noise_seeds(plan, step, index, accelerator.process_index)
+            with accelerator.accumulate(setup.tokenizer, *([setup.discriminator] if adversarial else [])):
+                generated = generator_backward(
+                    accelerator,
+                    setup.tokenizer,
+                    setup.perceptual,
+                    setup.discriminator,
+                    images,
+                    seeds,
+                    config.losses,
+                    adversarial,
+                )
+                parts = generated.losses
+                if adversarial and setup.discriminator is not None:
+                    parts = parts | discriminator_backward(
+                        accelerator,
+                        setup.discriminator,
+                        images,
+                        generated.reconstruction,
+                        adversarial,
+                        with_r1=plan.r1_at(step),
+                    )
+            rounds.append(generated)
+            losses.append(parts)
+
+        # ---- the update, if every value of every process is finite
+        norms = {f"grad_norm_{name}": clip(optimizers[name], config.training.max_grad_norm) for name in learning}
+        values = global_values(losses, norms)
+        sound = all(math.isfinite(value) for value in values.values())
+        if sound:
+            for name in learning:
+                optimizers[name].step()
+            quantizer.apply_update()
+            if state.average is not None:
+                state.average.update_parameters(state.tokenizer)
+            setup.usage.add(torch.cat([generated.codes for generated in rounds]))
+        else:
+            quantizer.discard_update()
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            tracking.say(f"step {step + 1} skipped, for not all of its values are finite: {listed}")
+        for name in learning:
+            optimizers[name].zero_grad()
+        progress.step = step + 1
+        progress.bad_steps += not sound
+        progress.bad_steps_in_a_row = 0 if sound else progress.bad_steps_in_a_row + 1
+        progress.skipped_images += int(sum_over_processes(torch.tensor(skipped_images, device=accelerator.device)))
+
+        # ---- the codebook at the end of an epoch
+        if progress.step % plan.steps_per_epoch == 0:
+            values |= {f"epoch_{name}": value for name, value in setup.usage.metrics().items()}
+            if plan.reinit_at(step) and sound:
+                values["reinitialised_codes"] = reinitialise_unused(
+                    quantizer,
+                    optimizers["tokenizer"],
+                    setup.usage,
+                    [generated.latents for generated in rounds],
+                    config.quantizer.reinit_from,
+                    position_seed(config.seed, CODE_REINIT, step),
+                )
+            setup.usage.reset()
+
+        # ---- log
+        finished = progress.step == plan.total_steps
+        tracking.advance({"loss": f"{values['total']:.4f}"})
+        if not sound or finished or progress.step % config.training.log_every == 0 or "epoch_perplexity" in values:
+            values |= {
+                "epoch": progress.step / plan.steps_per_epoch,
+                "learning_rate": plan.learning_rate_at(step),
+                "bad_steps": progress.bad_steps,
+                "skipped_images": progress.skipped_images,
+            }
+            tracking.log(progress.step, values)
+        if progress.bad_steps_in_a_row == config.training.max_bad_steps:
+            stop_diverged(setup)
+
+        # ---- validate
+        is_best = False
+        if finished or progress.step % plan.validate_every == 0:
+            is_best = validate(setup)
+
+        # ---- save
+        if finished or is_best or progress.step % plan.checkpoint_every == 0:
+            save(setup, is_best)
+
+    tracking.close()
+    return setup.run
+
+
+def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> Tensor | None:
+    """(B,) seeds of this process's samples in a round, for the quantizer that draws noise: functions of their position."""
+    if not isinstance(plan.config.quantizer, GumbelQuantizerConfig):
+        return None
+    samples = [
+        global_index(local, round_index, process_index, plan.num_processes, plan.rounds)
+        for local in range(plan.batch_size)
+    ]
+    return torch.tensor([position_seed(plan.config.seed, QUANTIZER_NOISE, step, int(sample)) for sample in samples])
+
+
+def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """The norm of a network's gradient (already reduced: the same on every rank), clipped to `max_norm` where given."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def global_values(losses: list[dict[str, Tensor]], norms: dict[str, Tensor]) -> dict[str, float]:
+    """Losses as means over rounds and processes. One all-reduce and one transfer to the host, so every rank sees the same
+    numbers, and a nan on any of them, and decides alike.
+    """
+    names = list(losses[0])
+    means = mean_over_processes(torch.stack([torch.stack([parts[name] for name in names]) for parts in losses]).mean(0))
+    numbers = torch.cat([means, torch.stack(list(norms.values()))]).tolist()
+    return dict(zip([*names, *norms], numbers, strict=True))
+
+
+def validate(setup: Setup) -> bool:
+    """Measure the (averaged) tokenizer on the whole validation split; True where it is the best so far."""
+    state, training, step = setup.state, setup.plan.config.training, setup.state.progress.step
+    tokenizer = state.average.module if state.average is not None else state.tokenizer
+    evaluation = evaluate_tokenizer(
+        tokenizer,
+        setup.validation_batches,
+        setup.metrics,
+        setup.accelerator.device,
+        setup.plan.config.data.image_size,
+        setup.plan.config.evaluation.grid_images,
+    )
+    setup.tracking.log(step, {f"validation/{name}": value for name, value in evaluation.results.items()})
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.results.items())
+    setup.tracking.say(f"step {step}: validation on {evaluation.num_images} images: {listed}")
+    if setup.accelerator.is_main_process and len(evaluation.originals):
+        grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
+        folder = setup.run / "images"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"{step_name(step)}.png")
+        setup.tracking.picture(step, "validation", grid)
+    value = evaluation.results[training.best_metric]
+    sign = -1 if training.best_metric in LOWER_IS_BETTER else 1
+    is_best = state.progress.best is None or sign * value > sign * state.progress.best
+    if is_best:
+        state.progress.best = value
+    return is_best
+
+
+def save(setup: Setup, is_best: bool, extra: int = 0) -> None:
+    """A checkpoint of the current step, by the main process while the others wait; `extra` more older ones are kept."""
+    if setup.accelerator.is_main_process:
+        keep = setup.plan.config.training.keep_checkpoints + extra
+        save_checkpoint(
+            setup.run, setup.state.progress.step, lambda folder: write_state(setup.state, folder), keep, is_best
+        )
+    setup.accelerator.wait_for_everyone()
+
+
+def stop_diverged(setup: Setup) -> NoReturn:
+    """The weights are those from before the skipped steps: save them, beside the older checkpoints, and stop."""
+    save(setup, is_best=False, extra=1)
+    setup.tracking.close()
+    number = setup.state.progress.bad_steps_in_a_row
+    raise FloatingPointError(
+        f"training stopped at step {setup.state.progress.step}: {number} steps in a row were not finite "
+        f"(training.max_bad_steps); {setup.run / 'checkpoints' / 'latest'} holds the weights from before them. "
+        "Look at the skipped steps' values in metrics.jsonl; a lower base_lr or max_grad_norm=1 often helps"
+    )

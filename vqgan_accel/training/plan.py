@@ -1,0 +1,102 @@
+"""Every number that follows from the config, the data set's size and the number of processes, decided and checked before the
+first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqgan_accel.config import Config, GumbelQuantizerConfig, batch_scale
+from vqgan_accel.data.order import steps_per_epoch
+from vqgan_accel.training.schedules import cosine, learning_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    num_images: int
+    num_processes: int
+    batch_size: int  # images per process and accumulation round
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: float  # at its peak
+    warmup_steps: int
+    decay_steps: int
+    discriminator_start: int | None  # optimizer step of the first adversarial update; None: never
+    validate_every: int  # steps
+    checkpoint_every: int
+
+    @property
+    def rounds(self) -> int:
+        """Accumulation rounds per optimizer step."""
+        return self.config.training.gradient_accumulation_steps
+
+    def learning_rate_at(self, step: int) -> float:
+        final = self.learning_rate * self.config.training.lr_final_ratio
+        return learning_rate(step, self.learning_rate, final, self.warmup_steps, self.decay_steps)
+
+    def gumbel_at(self, step: int, config: GumbelQuantizerConfig) -> tuple[float, float]:
+        """(temperature, kl_cost) of a step."""
+        decay, warmup = (d.steps(self.steps_per_epoch) for d in (config.temperature_decay, config.kl_warmup))
+        temperature = cosine(step, config.temperature_start, config.temperature_end, decay)
+        return temperature, cosine(step, 0.0, config.kl_cost, warmup)
+
+    def adversarial_at(self, step: int) -> bool:
+        return self.discriminator_start is not None and step >= self.discriminator_start
+
+    def r1_at(self, step: int) -> bool:
+        """R1 is applied on the first adversarial step and every r1_every-th after it."""
+        discriminator = self.config.discriminator
+        if discriminator is None or self.discriminator_start is None or discriminator.r1_weight == 0:
+            return False
+        return step >= self.discriminator_start and (step - self.discriminator_start) % discriminator.r1_every == 0
+
+    def reinit_at(self, step: int) -> bool:
+        """Whether unused codes are replaced at the end of this step."""
+        every = getattr(self.config.quantizer, "reinit_every_epochs", None)
+        return every is not None and (step + 1) % (every * self.steps_per_epoch) == 0
+
+
+def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
+    """Raises ValueError, naming the keys, for combinations that cannot be trained."""
+    training = config.training
+    total, rounds = training.total_batch_size, training.gradient_accumulation_steps
+    if total % (rounds * num_processes):
+        raise ValueError(
+            f"training.total_batch_size {total} is not divisible by gradient_accumulation_steps {rounds} x {num_processes} "
+            f"processes; the nearest that is: {max(1, round(total / (rounds * num_processes))) * rounds * num_processes}"
+        )
+    batch_size = total // (rounds * num_processes)
+    if config.discriminator and batch_size % config.discriminator.minibatch_stddev_group:
+        raise ValueError(
+            f"{batch_size} images per process and round (training.total_batch_size {total} / {rounds} rounds / "
+            f"{num_processes} processes) cannot be split into discriminator.minibatch_stddev_group "
+            f"{config.discriminator.minibatch_stddev_group}; make them a multiple of it"
+        )
+    epoch = steps_per_epoch(num_images, total)
+    limits = [training.max_steps, training.max_epochs and round(training.max_epochs * epoch)]
+    total_steps = min(limit for limit in limits if limit is not None)
+    if total_steps < 1:
+        raise ValueError(f"training.max_epochs {training.max_epochs} is less than one step of {epoch} an epoch")
+    warmup = training.lr_warmup.steps(epoch)
+    if warmup > total_steps:
+        raise ValueError(
+            f"training.lr_warmup ({training.lr_warmup}, {warmup} steps) is longer than training ({total_steps} steps); shorten it"
+        )
+    start = config.discriminator.start.steps(epoch) if config.discriminator else None
+    if start is not None and start >= total_steps and training.max_steps is None:
+        raise ValueError(f"discriminator.start (step {start}) is not before training ends (step {total_steps})")
+    return Plan(
+        config=config,
+        num_images=num_images,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        steps_per_epoch=epoch,
+        total_steps=total_steps,
+        learning_rate=training.base_lr * batch_scale(training),
+        warmup_steps=warmup,
+        decay_steps=training.lr_decay.steps(epoch) if training.lr_decay else total_steps,
+        discriminator_start=start,
+        validate_every=max(1, training.validate_every.steps(epoch)),
+        checkpoint_every=max(1, training.checkpoint_every.steps(epoch)),
+    )

@@ -1,0 +1,215 @@
+"""Everything that a run needs before its first step, decided, checked and built in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vqgan_accel.config import Config, flat_config, load_config, save_config
+from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, training_loader
+from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
+from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.losses.perceptual import build_perceptual
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.run_folder import CONFIG, checkpoints
+from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, read_state
+from vqgan_accel.training.codebook import CodebookUsage
+from vqgan_accel.training.plan import Plan, make_plan
+from vqgan_accel.training.tracking import Tracking, check_trackers
+
+
+@dataclass
+class Setup:
+    accelerator: Accelerator
+    plan: Plan
+    run: Path
+    tokenizer: nn.Module  # as prepared: under DDP, wrapped
+    discriminator: nn.Module | None
+    perceptual: nn.Module | None
+    state: TrainingState  # the unwrapped networks and all else that a checkpoint holds
+    usage: CodebookUsage
+    batches: Iterator[Batch]  # endless enough: from the resumed step to the last
+    validation_batches: Iterable[Batch]
+    metrics: Metrics
+    tracking: Tracking
+
+
+def set_up(config: Config, resume: bool) -> Setup:
+    """Raises ValueError or FileNotFoundError for whatever cannot be trained, before anything is written."""
+    check_trackers(config.tracking)
+    accelerator = start_accelerator(config)
+    device = accelerator.device
+    training_source = open_source(config.data, "train")
+    validation_source = open_source(config.data, "validation")
+    plan = make_plan(config, len(training_source), accelerator.num_processes)
+
+    set_seed(config.seed)  # for the initial weights; every later draw is a function of position
+    model, d_model = build_tokenizer(config), build_discriminator(config)
+    perceptual = build_perceptual(config.losses, config.weights)
+    metrics = Metrics(
+        config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
+    )
+    run = prepare_run_folder(accelerator, config, resume)
+
+    average = None
+    if config.training.ema_decay is not None:
+        average = AveragedModel(model, device, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay))
+    optimizers: dict[str, Optimizer] = {}
+    tokenizer, optimizers["tokenizer"] = accelerator.prepare(model, AdamW(decay_groups(model, plan), **adamw(plan)))
+    discriminator = None
+    if d_model is not None:
+        d_groups = [{"params": list(d_model.parameters()), "weight_decay": config.training.weight_decay}]
+        discriminator, optimizers["discriminator"] = accelerator.prepare(d_model, AdamW(d_groups, **adamw(plan)))
+    if perceptual is not None:
+        perceptual.to(device)
+
+    usage = CodebookUsage(config.quantizer.num_codes, device)
+    state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
+    checkpoint = latest_intact(run, accelerator.print) if resume else None
+    if checkpoint is not None:
+        read_state(state, checkpoint)
+    show_banner(accelerator, plan, state.progress.step, checkpoint)
+
+    order = TrainingOrder(
+        seed=config.seed,
+        num_images=len(training_source),
+        total_batch_size=config.training.total_batch_size,
+        num_rounds=plan.rounds,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        start_step=state.progress.step,
+        total_steps=plan.total_steps,
+    )
+    pin_memory = device.type == "cuda"
+    return Setup(
+        accelerator=accelerator,
+        plan=plan,
+        run=run,
+        tokenizer=tokenizer,
+        discriminator=discriminator,
+        perceptual=perceptual,
+        state=state,
+        usage=usage,
+        batches=iter(training_loader(training_source, config.data, order, pin_memory)),
+        validation_batches=evaluation_loader(
+            validation_source,
+            config.data,
+            config.evaluation.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            pin_memory,
+        ),
+        metrics=metrics,
+        tracking=Tracking(accelerator, config, run, state.progress.step, plan.total_steps),
+    )
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """One device or DDP on any number of nodes; what a GAN was not proven on is refused."""
+    precision = config.training.mixed_precision
+    accelerator = Accelerator(
+        mixed_precision=None if precision == "auto" else precision,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        log_with=list(config.tracking.trackers) or None,
+        project_dir=config.output_dir,
+        # Buffers are made equal by what fills them; unused parameters would be a bug, not a case to search for.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+    )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: with two alternating networks only one device and "
+            "DDP (MULTI_GPU, MULTI_CPU) are proven; change the accelerate config's distributed_type"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one gradient "
+            "scaler would serve two networks' optimizers; use bf16 or no"
+        )
+    return accelerator
+
+
+def prepare_run_folder(accelerator: Accelerator, config: Config, resume: bool) -> Path:
+    """Create it and write the resolved config. An earlier run there is resumed or refused, never overwritten."""
+    run = Path(config.output_dir)
+    found = checkpoints(run)
+    if found and not resume:
+        raise ValueError(
+            f"output_dir {run} already holds a run, up to {found[-1].name}; add --resume to go on with it, or give another output_dir"
+        )
+    accelerator.wait_for_everyone()  # every rank has looked before one writes
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        if found:
+            for change in config_changes(load_config(run / CONFIG), config):
+                accelerator.print(f"config changed since the run began: {change}")
+        else:
+            (run / "metrics.jsonl").unlink(missing_ok=True)  # of a run that never came to a checkpoint
+        save_config(config, run / CONFIG)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def config_changes(old: Config, new: Config) -> list[str]:
+    before, after = (flat_config(config) for config in (old, new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def adamw(plan: Plan) -> dict[str, Any]:
+    training = plan.config.training
+    return {"lr": plan.learning_rate, "betas": training.betas, "eps": training.eps}
+
+
+def decay_groups(model: ImageTokenizer, plan: Plan) -> list[dict[str, Any]]:
+    """Weight decay on convolution weights alone: none on norms, biases and the codebook."""
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        groups[id(parameter) in convolutions].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": plan.config.training.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoint: Path | None) -> None:
+    """Every derived number, on the main process."""
+    if not accelerator.is_main_process:
+        return
+    training, discriminator = plan.config.training, plan.config.discriminator
+    lines = [
+        f"output             {plan.config.output_dir}"
+        + (f", resuming from {checkpoint.name}" if checkpoint else ""),
+        f"processes          {plan.num_processes} on {accelerator.device.type}, mixed precision "
+        f"{accelerator.mixed_precision}, torch {torch.__version__}",
+        *description_lines(describe(plan.config)),
+        f"batch              {training.total_batch_size} = {plan.num_processes} processes x {plan.rounds} rounds x "
+        f"{plan.batch_size} images",
+        f"data               {plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch",
+        f"training           steps {first_step:,} to {plan.total_steps:,} "
+        f"({plan.total_steps / plan.steps_per_epoch:.1f} epochs)",
+        f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "
+        f"{training.total_batch_size}/{training.base_batch_size}; warm-up {plan.warmup_steps} steps, cosine to "
+        f"{plan.learning_rate * training.lr_final_ratio:.3g} over {plan.decay_steps:,}",
+        f"adversarial        {'off' if discriminator is None else f'from step {plan.discriminator_start:,}'}",
+        f"every              {training.log_every} steps a log line, {plan.validate_every} a validation, "
+        f"{plan.checkpoint_every} a checkpoint",
+    ]
+    print("\n".join(lines), flush=True)
