@@ -7,6 +7,8 @@ import time
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from images import noise, write_images
@@ -184,7 +186,7 @@ LAYOUTS = ["imagefolder", "save_to_disk", "save_to_disk with paths", "parquet sh
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folder_and_hub_give_identical_tensors_for_the_same_files(layout, folder, tmp_path):
     # brackets in a path are patterns to `datasets`, not letters
-    path = write_as(layout, folder, tmp_path / ("hub" if layout == "imagefolder" else "größe [1] x"))
+    path = write_as(layout, folder, tmp_path / "größe [1] x")
     order = TrainingOrder(0, 7, 3, 1, 0, 1, 0, 4)
     for split, count in [("train", 7), ("validation", 5)]:
         plain, hub = open_source(config(folder), split), open_source(config(path, backend="hub"), split)
@@ -248,17 +250,25 @@ def test_an_unknown_or_imageless_column_is_refused_with_the_names_of_those_there
     )
 
 
-def test_a_row_without_image_and_a_broken_row_are_named(folder, tmp_path):
+def test_parquet_from_other_tools_is_read_as_structs_and_as_plain_bytes(folder, tmp_path):
+    contents = [path.read_bytes() for path in paths_of(folder, "train")]
+    structs = pa.array([{"bytes": content, "path": None} for content in contents])
+    for name, column in [("structs", structs), ("bytes", pa.array(contents))]:
+        pq.write_table(pa.table({"image": column}), tmp_path / f"{name}.parquet")
+        source = open_source(config(tmp_path / f"{name}.parquet", backend="hub", train_split=name), "train")
+        assert np.array_equal(np.asarray(source.open(6)), np.asarray(FolderSource(folder, "train").open(6)))
+
+
+def test_a_row_without_image_and_a_broken_row_are_named(tmp_path):
     rows = [{"bytes": None, "path": None}, None, {"bytes": b"no image", "path": "x.png"}]
-    dataset = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
-    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "hub")
-    source = open_source(config(tmp_path / "hub", backend="hub"), "train")
+    pq.write_table(pa.table({"image": pa.array(rows)}), tmp_path / "train.parquet")
+    source = open_source(config(tmp_path / "train.parquet", backend="hub"), "train")
     for row, reason in enumerate(["the row holds no image"] * 2 + ["it is not an image that Pillow can identify"]):
         shard = evaluation_loader(source, config(tmp_path), 1, row, 3, pin_memory=False)
         with pytest.raises(ValueError) as error:
             next(iter(shard))
         assert sentence(error) == (
-            f"cannot read image {tmp_path}/hub[train] row {row}: {reason}; remove or repair it, or set data.on_error=skip"
+            f"cannot read image {tmp_path}/train.parquet[train] row {row}: {reason}; remove or repair it, or set data.on_error=skip"
         )
 
 

@@ -54,9 +54,9 @@ def describe(config: Config) -> dict[str, Any]:
     """
     with torch.device("meta"):
         tokenizer, discriminator = build_tokenizer(config), build_discriminator(config)
-        perceptual = _perceptual_shell(config)
         image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
         tokens = torch.empty(1, config.quantizer.embedding_dim, *latent_summary(config)["latent_grid"])
+    perceptual = _perceptual_shell(config)
     parameters = {"tokenizer": trainable_parameters(tokenizer), "discriminator": trainable_parameters(discriminator)}
     gflop = {
         "encoder": _gflop(tokenizer.encoder, image),
@@ -79,13 +79,13 @@ def _perceptual_shell(config: Config) -> nn.Module | None:
         return None
     match config.losses.perceptual_network:
         case "mobilenet_v2":
-            return MobileNetDistance()
+            return MobileNetDistance().to("meta")
         case "lpips_vgg":
-            return LPIPSDistance("vgg")
+            return LPIPSDistance("vgg").to("meta")
         case "lpips_alex":
-            return LPIPSDistance("alex")
+            return LPIPSDistance("alex").to("meta")
         case "lpips_squeeze":
-            return LPIPSDistance("squeeze")
+            return LPIPSDistance("squeeze").to("meta")
 
 
 def _gflop(module: nn.Module, *inputs: Tensor) -> float:

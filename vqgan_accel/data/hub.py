@@ -71,7 +71,7 @@ def _load_local(path: Path, split: str, key: str) -> datasets.Dataset:
     # two levels: a look into every class folder of an image folder would take minutes
     files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
     if not files:
-        return _built(path, split, key, "imagefolder", data_dir=str(path))
+        return _built(path, split, key, "imagefolder", data_dir=glob.escape(str(path)))
     base, slice_ = _base_and_slice(split)
     folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
     chosen = [
@@ -109,7 +109,7 @@ def _base_and_slice(split: str) -> tuple[str, str]:
 
 
 def _require_split(split: str, base: str, known: Iterable[str], path: Path | str, key: str) -> None:
-    known = sorted(known)
+    known = sorted(map(str, known))  # `datasets` has a type for splits
     if base not in known:
         near = nearest_name(base, known)
         hint = f"it has {listed(known)}; set {key}={near}" if near else f"set {key} to one of {listed(known)}"
