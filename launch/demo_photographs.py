@@ -1,4 +1,5 @@
-"""Write the demo's data set: the colour photographs that scikit-image and scikit-learn ship, cut into overlapping patches.
+"""Write the demo's data set: the colour photographs that scikit-image and scikit-learn ship, cut into overlapping
+patches.
 
 python launch/demo_photographs.py FOLDER
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,15 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_images(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((20, 16), (16, 23), (31, 31))) -> list[Path]:
-    """`count` lossless images 000.png, 001.png, ... of cycling sizes; all their contents differ."""
+SIZES = ((20, 16), (16, 23), (31, 31))  # width, height
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    """`count` lossless images 000.png, 001.png, ... of cycling SIZES; all their contents differ."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:03}.png" for i in range(count)]
     for i, path in enumerate(paths):
-        noise(*sizes[i % len(sizes)], seed=i).save(path)
+        noise(*SIZES[i % len(SIZES)], seed=i).save(path)
     return paths
 
 

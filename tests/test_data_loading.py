@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 import zlib
 
@@ -145,7 +146,7 @@ BREAK = {
     "deleted": (lambda path: path.unlink(), "No such file or directory"),
     "empty": (lambda path: path.write_bytes(b""), "it is not an image that Pillow can identify"),
     "text": (lambda path: path.write_text("<html>404</html>"), "it is not an image that Pillow can identify"),
-    "bomb": (lambda path: path.write_bytes(png_of_claimed_size(100_000)), r"Image size \(10000000000 pixels\) exceeds.*"),
+    "bomb": (lambda path: path.write_bytes(png_of_claimed_size(100_000)), r"Image size \(10000000000 pixels\) exc.*"),
     "no pixels": (lambda path: path.write_bytes(png_of_claimed_size(8)), r".+"),
     "header only": (lambda path: path.write_bytes(path.read_bytes()[:20]), r".+"),
     "floating point": (lambda path: Image.new("F", (9, 9)).save(path, "TIFF"), "its pixels are floating-point .*"),
@@ -168,7 +169,7 @@ def test_a_broken_image_stops_the_run_with_one_sentence(paths, make, kind, worke
     head, tail = f"cannot read image {paths[5]}: ", "; remove or repair it, or set data.on_error=skip"
     assert "\n" not in sentence and sentence.startswith(head) and sentence.endswith(tail)
     reason = sentence.removeprefix(head).removesuffix(tail)
-    assert __import__("re").fullmatch(BREAK[kind][1], reason), reason
+    assert re.fullmatch(BREAK[kind][1], reason), reason
 
 
 @pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BREAK), ("truncated", 2), ("deleted", 2)])
@@ -209,9 +210,9 @@ def test_skipping_ends_with_one_sentence_where_every_image_is_broken(paths, make
     loader = make(paths, workers=workers, on_error="skip")
     for path in paths:
         truncate(path)
-    with pytest.raises(ValueError, match=r"^none of the 13 images can be read; the last tried was /.*: image .*truncated") as e:
+    with pytest.raises(ValueError) as error:
         list(loader)
-    assert "\n" not in str(e.value)
+    assert re.fullmatch(r"none of the 13 images can be read; the last tried was /.*: .* truncated.*", str(error.value))
 
 
 def test_a_process_whose_shard_is_broken_goes_on_where_others_are_not(paths):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vqgan_accel.data.order import TrainingOrder, epoch_order, global_index, steps_per_epoch
 
-SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20))  # P, k, b, images left over
+# processes P, rounds k, images b of a micro-batch, images beyond one global batch
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20))
 
 
 def keys(num_images, batch, rounds, process=0, processes=1, start=0, total=6, seed=3):
@@ -43,7 +44,8 @@ def test_what_a_round_contains_does_not_depend_on_the_number_of_processes(shape)
     one = keys(batch + extra, batch, rounds)
     many = [keys(batch + extra, batch, rounds, process, processes) for process in range(processes)]
     for i, whole in enumerate(one):
-        assert [key for keys_of_sample in zip(*(shard[i] for shard in many), strict=True) for key in keys_of_sample] == whole
+        interleaved = itertools.chain(*zip(*(shard[i] for shard in many), strict=True))
+        assert list(interleaved) == whole
 
 
 @given(SHAPES, st.integers(0, 6))
@@ -83,7 +85,7 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_decide():
 
 def test_impossible_batch_sizes_are_refused_with_the_numbers_and_keys():
     assert steps_per_epoch(1000, 256) == 3
-    with pytest.raises(ValueError, match=r"has 100 images, fewer than training.total_batch_size 256; lower .*train_split"):
+    with pytest.raises(ValueError, match=r"100 images, fewer than training.total_batch_size 256; lower .*train_split"):
         TrainingOrder(0, 100, 256, 1, 0, 1, 0, 10)
-    with pytest.raises(ValueError, match="10 is not divisible by 2 processes x .*steps 2; make it a multiple of 4"):
+    with pytest.raises(ValueError, match=r"10 is not divisible by 2 processes x .*steps 2; make it a multiple of 4"):
         TrainingOrder(0, 100, 10, 2, 0, 2, 0, 10)

@@ -195,10 +195,10 @@ def test_exif_orientation_is_applied(orientation):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("tags", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+@pytest.mark.parametrize("tags", [b"nonsense", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"])
 def test_damaged_exif_does_not_cost_the_image(tags):
     image = noise(8, 8)
-    assert pixels(reopened(image, "JPEG", exif=tags)) == pixels(reopened(image, "JPEG"))
+    assert pixels(reopened(image, "JPEG", exif=b"Exif\0\0" + tags)) == pixels(reopened(image, "JPEG"))
 
 
 @pytest.mark.parametrize(("format", "options"), [("WEBP", {"lossless": True}), ("GIF", {})])

@@ -9,7 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError)  # told in a sentence; anything else is our bug and shows its traceback
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+)  # told in a sentence; anything else is our bug and shows its traceback
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,9 @@ def explain(error: BaseException) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vqgan-accel", description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN).")
+    parser = argparse.ArgumentParser(
+        prog="vqgan-accel", description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN)."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, summary: str, run: object) -> argparse.ArgumentParser:
@@ -59,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     train.add_argument("--resume", action="store_true", help="go on from output_dir's newest checkpoint, if it has one")
 
-    evaluate = add("evaluate", "Measure a tokenizer on a split; also under accelerate launch or torchrun.", run_evaluate)
+    evaluate = add(
+        "evaluate", "Measure a tokenizer on a split; also under accelerate launch or torchrun.", run_evaluate
+    )
     evaluate.add_argument("path", type=Path, help="a run, a checkpoint, or a folder of save_pretrained")
     evaluate.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")

@@ -40,7 +40,9 @@ class Duration(NamedTuple):
 
 
 def _parse_duration(value: object) -> object:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(steps?|epochs?)\s*", value) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(steps?|epochs?)\s*", value) if isinstance(value, str) else None
+    )
     if isinstance(value, Duration):
         return value
     if match is None:
@@ -77,7 +79,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is [smallest, largest] with 0 < smallest <= largest <= 1, not {self.crop_scale}")
+            raise ValueError(
+                f"crop_scale is [smallest, largest] with 0 < smallest <= largest <= 1, not {self.crop_scale}"
+            )
         return self
 
 
@@ -101,8 +105,10 @@ class AutoencoderConfig(Section):
         for multiplier in self.channel_multipliers:
             if multiplier < 1 or self.channels * multiplier % GROUP_NORM_GROUPS:
                 raise ValueError(
-                    f"channels {self.channels} x multiplier {multiplier} = {self.channels * multiplier} cannot be split "
-                    f"into GroupNorm's {GROUP_NORM_GROUPS} groups; make every product a positive multiple of {GROUP_NORM_GROUPS}"
+                    f"channels {self.channels} x multiplier {multiplier} = {self.channels * multiplier} "
+                    "cannot be split "
+                    f"into GroupNorm's {GROUP_NORM_GROUPS} groups; make every product a positive multiple of "
+                    f"{GROUP_NORM_GROUPS}"
                 )
         return self
 
@@ -121,7 +127,9 @@ class NearestCodeConfig(CodebookConfig):
     """What the three quantizers that pick the nearest code share."""
 
     commitment_cost: float = Field(0.25, ge=0)  # beta (van den Oord et al. 2017, eq. 3)
-    reinit_every_epochs: int | None = Field(None, ge=1)  # replace the codes that no image of the epoch used; null: never
+    reinit_every_epochs: int | None = Field(
+        None, ge=1
+    )  # replace the codes that no image of the epoch used; null: never
     reinit_from: Literal["latents", "used_codes"] = "latents"  # encoder outputs | perturbed copies of the codes in use
 
 
@@ -174,7 +182,9 @@ class DiscriminatorConfig(Section):
     channel_max: int = Field(512, gt=0)
     minibatch_stddev_group: int = Field(4, ge=1)  # samples per group of the minibatch-stddev layer
     loss: Literal["hinge", "non_saturating"] = "non_saturating"
-    start: DurationField = Duration(0, "epochs")  # adversarial training begins here; before it, D neither runs nor learns
+    start: DurationField = Duration(
+        0, "epochs"
+    )  # adversarial training begins here; before it, D neither runs nor learns
     weight: float = Field(0.1, ge=0)  # of the generator's adversarial loss; times lambda where adaptive
     adaptive_weight: bool = False  # lambda of Esser et al. 2021, eq. 7
     r1_weight: float = Field(0.0, ge=0)  # coefficient of mean |grad D(x)|^2 as applied (Mescheder et al. 2018); 0: off
@@ -235,7 +245,9 @@ class TrainingConfig(Section):
                 raise ValueError(f"betas are two numbers in [0, 1), not {list(self.betas)}")
         results = [name for metric in self.validation_metrics for name in METRIC_RESULTS[metric]]
         if self.best_metric not in results:
-            raise ValueError(f"best_metric '{self.best_metric}' is not among the validation results: {', '.join(results)}")
+            raise ValueError(
+                f"best_metric '{self.best_metric}' is not among the validation results: {', '.join(results)}"
+            )
         for limit, unit in ((self.max_epochs, "epochs"), (self.max_steps, "steps")):
             if limit is not None and self.lr_warmup.unit == unit and self.lr_warmup.value > limit:
                 raise ValueError(f"lr_warmup ({self.lr_warmup}) is longer than training ({limit:g} {unit}); shorten it")
@@ -299,17 +311,21 @@ class Config(Section):
             if micro_batch % group:
                 raise ValueError(
                     f"each accumulation round holds {micro_batch} images (training.total_batch_size / "
-                    f"training.gradient_accumulation_steps), which discriminator.minibatch_stddev_group {group} does not divide"
+                    "training.gradient_accumulation_steps), which discriminator.minibatch_stddev_group "
+                    f"{group} does not divide"
                 )
         if size < 11 and "ssim" in self.evaluation.metrics + self.training.validation_metrics:
-            raise ValueError(f"SSIM's window of 11 pixels does not fit data.image_size {size}; remove 'ssim' from the metrics")
+            raise ValueError(
+                f"SSIM's window of 11 pixels does not fit data.image_size {size}; remove 'ssim' from the metrics"
+            )
         return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate.
 
-    Raises FileNotFoundError for a missing file and ValueError, naming each wrong key and what would be right, otherwise.
+    Raises FileNotFoundError for a missing file and ValueError, naming each wrong key and what would be right,
+    otherwise.
     """
     path = Path(path)
     if not path.is_file():
@@ -327,7 +343,9 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
     """A Config from plain values and overrides; `source` is what error sentences name."""
     for override in overrides:
         if not re.match(r"[A-Za-z_][\w.]*=", override):
-            raise ValueError(f"'{override}' is not an override; write section.key=value, such as training.max_steps=200")
+            raise ValueError(
+                f"'{override}' is not an override; write section.key=value, such as training.max_steps=200"
+            )
     try:
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
         return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
@@ -393,7 +411,8 @@ def _sentence(detail: Any) -> str:
             return f"{key + ': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
     if key == "training.mixed_precision" and given == "fp16":
         return (
-            "'training.mixed_precision' cannot be fp16: one gradient scaler would serve two networks' optimizers, and its "
+            "'training.mixed_precision' cannot be fp16: one gradient scaler would serve two networks' "
+            "optimizers, and its "
             "skipped steps would break the codebook's moving averages; use bf16 (same range as float32) or no"
         )
     return f"'{key}' is {given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

@@ -1,5 +1,5 @@
-"""What a config amounts to: parameters, latent grid, bits per pixel, GFLOP per image. Networks are built on the meta device,
-so describing a large recipe takes no memory.
+"""What a config amounts to: parameters, latent grid, bits per pixel, GFLOP per image. Networks are built on the meta
+device, so describing a large recipe takes no memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerConfig
 
 def build_tokenizer(config: Config) -> ImageTokenizer:
     return ImageTokenizer(
-        TokenizerConfig(
-            autoencoder=config.autoencoder, quantizer=config.quantizer, image_size=config.data.image_size
-        )
+        TokenizerConfig(autoencoder=config.autoencoder, quantizer=config.quantizer, image_size=config.data.image_size)
     )
 
 

@@ -11,7 +11,17 @@ import torch
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.models.weights import PUBLISHED
 
-CORE = ("torch", "torchvision", "accelerate", "datasets", "torchmetrics", "torch-fidelity", "lpips", "pydantic", "omegaconf")
+CORE = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "datasets",
+    "torchmetrics",
+    "torch-fidelity",
+    "lpips",
+    "pydantic",
+    "omegaconf",
+)
 EXTRAS = {  # package -> (extra, what it enables)
     "wandb": ("wandb", "tracking.trackers=[wandb]"),
     "tensorboard": ("tensorboard", "tracking.trackers=[tensorboard]"),
@@ -56,7 +66,11 @@ def _devices() -> str:
 
 def _bf16() -> str:
     if torch.cuda.is_available():
-        return "supported" if torch.cuda.is_bf16_supported() else "not supported by this GPU: train with mixed_precision=no"
+        return (
+            "supported"
+            if torch.cuda.is_bf16_supported()
+            else "not supported by this GPU: train with mixed_precision=no"
+        )
     return "on the CPU, fast only with AMX or AVX512-BF16"
 
 

@@ -73,8 +73,12 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
         if not found:
             raise FileNotFoundError(f"{path} is a run without a complete checkpoint: train it first")
         checkpoint = found[-1]
-    config = next((parent / CONFIG for parent in (path, *path.resolve().parents[:3]) if (parent / CONFIG).is_file()), None)
+    config = next(
+        (parent / CONFIG for parent in (path, *path.resolve().parents[:3]) if (parent / CONFIG).is_file()), None
+    )
     for tokenizer in (checkpoint / TOKENIZER_EMA, checkpoint / TOKENIZER, checkpoint):
         if (tokenizer / "model.safetensors").is_file():
             return tokenizer, config
-    raise FileNotFoundError(f"{path} holds no tokenizer: give a run folder, a checkpoint or a folder of save_pretrained")
+    raise FileNotFoundError(
+        f"{path} holds no tokenizer: give a run folder, a checkpoint or a folder of save_pretrained"
+    )

@@ -149,6 +149,7 @@ class _ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
+                self._iterator = None  # ends the workers here and now; as garbage in a traceback each would take 5 s
                 raise ValueError(batch.sentence)
             yield batch
 

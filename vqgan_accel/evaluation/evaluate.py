@@ -48,7 +48,8 @@ def evaluate_tokenizer(
     grid_images: int,
     hash_pixels: bool = False,
 ) -> Evaluation:
-    """`batches`: this process's share, see data.loading.evaluation_loader. Every rank calls it; all get the same results.
+    """`batches`: this process's share, see data.loading.evaluation_loader. Every rank calls it; all get the same
+    results.
 
     The shares need not be equal: sums are kept per process and reduced once, so nothing is padded or counted twice.
     """
@@ -88,8 +89,9 @@ def pixel_hash(image: Tensor) -> int:
 def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
     """`evaluate.py`: measure the tokenizer of a run, a checkpoint or a save_pretrained folder on `evaluation.split`.
 
-    Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the run's config,
-    or in the tokenizer's folder) and returns what metrics.json holds. Errors are those of load_config and open_source.
+    Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the
+    run's config, or in the tokenizer's folder) and returns what metrics.json holds. Errors are those of load_config
+    and open_source.
     """
     folder, config_file = find_tokenizer(path)
     tokenizer = ImageTokenizer.from_pretrained(folder)
@@ -99,7 +101,9 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     source = open_source(config.data, settings.split)
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
     if {"rfid", "fd_mobilenet"} & set(settings.metrics) and len(source) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 images and {settings.split} has {len(source)}; leave it out")
+        raise ValueError(
+            f"a Frechet distance needs at least 2 images and {settings.split} has {len(source)}; leave it out"
+        )
     output = output or (config_file.parent if config_file else folder) / "evaluation" / settings.split
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     evaluation = evaluate_tokenizer(
         tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
     )
-    report = {
+    report: dict[str, Any] = {
         "results": evaluation.results,
         "checkpoint": str(folder),
         "tokenizer_sha256": state_hash(tokenizer),
@@ -144,13 +148,15 @@ def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overr
         config = parse_config(values, overrides)
     if config.data.image_size % tokenizer.config.autoencoder.stride:
         raise ValueError(
-            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride {tokenizer.config.autoencoder.stride}"
+            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride "
+            f"{tokenizer.config.autoencoder.stride}"
         )
     return config
 
 
 def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:
-    """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are equal."""
+    """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are
+    equal."""
     return {
         "num_images": evaluation.num_images,
         "image_size": config.data.image_size,

@@ -1,6 +1,7 @@
 """Metrics over a whole split, on torchmetrics: sums on each process, one reduction at the end, no padding anywhere.
 
-Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both rounded to 8 bits.
+Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both rounded to 8
+bits.
 """
 
 from __future__ import annotations
@@ -181,10 +182,13 @@ def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
     except (URLError, OSError) as error:
         raise ValueError(
             f"FID's Inception weights could not be downloaded ({error}); fetch torch-fidelity's "
-            "pt_inception-2015-12-05 file elsewhere and give its path as weights.inception=FILE, or leave 'rfid' out of the metrics"
+            "pt_inception-2015-12-05 file elsewhere and give its path as weights.inception=FILE, or leave "
+            "'rfid' out of the metrics"
         ) from None
     except Exception as error:  # torch.load and load_state_dict fail in many ways on a file of something else
         if weights is None:
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"weights.inception: {weights} does not hold torch-fidelity's Inception network ({reason})") from None
+        raise ValueError(
+            f"weights.inception: {weights} does not hold torch-fidelity's Inception network ({reason})"
+        ) from None

@@ -17,7 +17,8 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
-    """fake_logits (B, 1) -> scalar the generator lowers: -mean(D) (hinge), mean softplus(-D) (Goodfellow et al. 2014)."""
+    """fake_logits (B, 1) -> scalar the generator lowers: -mean(D) (hinge), mean softplus(-D) (Goodfellow et al.
+    2014)."""
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
 
 
@@ -41,9 +42,9 @@ def adaptive_weight(tokenizer: ImageTokenizer, last_features: Tensor, d_rec: Ten
     """lambda = |G_rec| / (|G_gen| + 1e-8), clamped to [0, 1e4] (Esser et al. 2021, arXiv 2012.09841, eq. 7).
 
     G are the gradients of the two losses with respect to the decoder's last convolution. They follow from the losses'
-    gradients with respect to the reconstruction, d_rec and d_gen (B, 3, H, W), and from that layer's input last_features
-    (B, channels, H, W), so no backward pass through the tokenizer is needed. Averaged over processes before the norms are
-    taken: one value, that of the global batch, the same on every rank.
+    gradients with respect to the reconstruction, d_rec and d_gen (B, 3, H, W), and from that layer's input
+    last_features (B, channels, H, W), so no backward pass through the tokenizer is needed. Averaged over processes
+    before the norms are taken: one value, that of the global batch, the same on every rank.
     """
     weight = tokenizer.decoder.conv_out.weight
     with torch.enable_grad(), without_autocast(last_features):

@@ -1,6 +1,6 @@
-"""Distances in the feature space of a fixed network: LPIPS (Zhang et al. 2018, arXiv 1801.03924, the authors' package) and,
-for machines that cannot download its backbones, the same construction over torchvision's MobileNetV2 without learnt
-channel weights. The second is never called LPIPS.
+"""Distances in the feature space of a fixed network: LPIPS (Zhang et al. 2018, arXiv 1801.03924, the authors'
+package) and, for machines that cannot download its backbones, the same construction over torchvision's MobileNetV2
+without learnt channel weights. The second is never called LPIPS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def build_perceptual(config: LossConfig, weights: WeightFiles) -> nn.Module | No
 
 
 def load_lpips(network: Literal["vgg", "alex", "squeeze"], weights: WeightFiles) -> LPIPSDistance:
-    """LPIPS v0.1 with its learnt linear heads (in the package) and an ImageNet backbone (downloaded, or the named file)."""
+    """LPIPS v0.1 with its learnt linear heads (in the package) and an ImageNet backbone (downloaded, or the named
+    file)."""
     backbone = BACKBONES[network]
     file: str | None = getattr(weights, backbone)
     distance = LPIPSDistance(network)
@@ -53,7 +54,8 @@ class LPIPSDistance(nn.Module):
         super().__init__()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(pretrained|weights).*", category=UserWarning)
-            self.lpips = freeze(lpips.LPIPS(net=network, pnet_rand=True, verbose=False))
+            self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        freeze(self)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         return self.lpips(reconstruction, images).flatten()
@@ -105,8 +107,8 @@ class MobileNetFeatures(nn.Module):
 class MobileNetDistance(nn.Module):
     """MobileNetV2 feature distance: (B, 3, H, W) x 2 in [-1, 1] -> (B,).
 
-    Features are normalised to unit length along the channels; squared differences are summed over channels, averaged over
-    positions, and summed over the taps.
+    Features are normalised to unit length along the channels; squared differences are summed over channels, averaged
+    over positions, and summed over the taps.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,8 @@ from vqgan_accel.config import LossConfig
 def reconstruction_loss(
     reconstruction: Tensor, images: Tensor, perceptual: nn.Module | None, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Both (B, 3, H, W) in [-1, 1] -> (l1_weight L1 + l2_weight L2 + perceptual_weight P, the detached unweighted parts).
+    """Both (B, 3, H, W) in [-1, 1] -> (l1_weight L1 + l2_weight L2 + perceptual_weight P, the detached unweighted
+    parts).
 
     Means over all elements; P is the mean over the batch of the perceptual network's distance.
     """

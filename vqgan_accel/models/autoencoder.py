@@ -6,6 +6,8 @@ Module names are those of the seed's checkpoints: blocks count residual and resa
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,7 +65,7 @@ class Upsample(nn.Module):
 
 def _residual_blocks(in_channels: int, out_channels: int, config: AutoencoderConfig) -> list[nn.Module]:
     widths = [in_channels] + [out_channels] * config.num_res_blocks
-    return [ResidualBlock(a, b, config) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    return [ResidualBlock(a, b, config) for a, b in pairwise(widths)]
 
 
 class Encoder(nn.Module):

@@ -36,7 +36,8 @@ class TokenizerConfig(Section):
 
 
 class ImageTokenizer(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] to codes (B, H / stride, W / stride) and back. H and W are multiples of the stride."""
+    """Images (B, 3, H, W) in [-1, 1] to codes (B, H / stride, W / stride) and back. H and W are multiples of the
+    stride."""
 
     pixel_mean: Tensor  # (3, 1, 1) of pixels in [-1, 1]
     pixel_std: Tensor
@@ -98,7 +99,8 @@ class ImageTokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
-        """Read what `save_pretrained` wrote, in eval mode on the CPU. FileNotFoundError or ValueError names what is wrong."""
+        """Read what `save_pretrained` wrote, in eval mode on the CPU. FileNotFoundError or ValueError names what is
+        wrong."""
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
@@ -107,7 +109,9 @@ class ImageTokenizer(nn.Module):
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             tokenizer = cls(TokenizerConfig.model_validate(values))
         except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not a tokenizer's config: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"{folder / 'config.json'} is not a tokenizer's config: {' '.join(str(error).split())}"
+            ) from None
         try:
             tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:

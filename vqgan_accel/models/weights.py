@@ -1,4 +1,5 @@
-"""Published weights of fixed networks: from a file that the user names, or torchvision's download, checked either way."""
+"""Published weights of fixed networks: from a file that the user names, or torchvision's download, checked either
+way."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def load_published(name: str, file: str | None) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
             f"the ImageNet weights of {name} could not be downloaded from {PUBLISHED[name].url} ({error}); "
-            f"fetch that file elsewhere and give its path as weights.{name}=FILE, or choose losses and metrics without it"
+            f"fetch that file elsewhere and give its path as weights.{name}=FILE, or choose losses and "
+            "metrics without it"
         ) from None
 
 
@@ -60,11 +62,14 @@ def fit_state(module: nn.Module, state: dict[str, Tensor], setting: str, file: s
         module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{setting}: {file or 'the download'} holds the weights of another network: {reason}") from None
+        raise ValueError(
+            f"{setting}: {file or 'the download'} holds the weights of another network: {reason}"
+        ) from None
 
 
 def state_hash(module: nn.Module) -> str:
-    """sha256 over a module's tensors in the order of their names: the same weights, the same hash, whatever the file."""
+    """sha256 over a module's tensors in the order of their names: the same weights, the same hash, whatever the
+    file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

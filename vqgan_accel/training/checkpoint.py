@@ -8,8 +8,8 @@ step_00001000/
   progress.json         position, counters, results so far, use of the codes in the current epoch
   manifest.json         size and sha256 of every file above
 
-A checkpoint is written aside, synced and renamed; only then `latest` moves and older ones go. Randomness is a function of
-position, so no random state is kept.
+A checkpoint is written aside, synced and renamed; only then `latest` moves and older ones go. Randomness is a
+function of position, so no random state is kept.
 """
 
 from __future__ import annotations
@@ -60,11 +60,18 @@ class TrainingState:
     code_counts: Tensor  # (K,) use since the epoch began, over all processes
     progress: Progress
 
+    @property
+    def averaged_tokenizer(self) -> ImageTokenizer | None:
+        if self.average is None:
+            return None
+        assert isinstance(self.average.module, ImageTokenizer)
+        return self.average.module
+
 
 def write_state(state: TrainingState, folder: Path) -> None:
     state.tokenizer.save_pretrained(folder / TOKENIZER)
-    if state.average is not None:
-        state.average.module.save_pretrained(folder / TOKENIZER_EMA)
+    if state.averaged_tokenizer is not None:
+        state.averaged_tokenizer.save_pretrained(folder / TOKENIZER_EMA)
     if state.discriminator is not None:
         save_file(state.discriminator.state_dict(), folder / "discriminator.safetensors")
     torch.save({name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}, folder / "optimizers.pt")
@@ -77,8 +84,8 @@ def read_state(state: TrainingState, folder: Path) -> None:
     """Fill `state` in place. ValueError where the checkpoint is of other networks than the config's."""
     try:
         state.tokenizer.load_state_dict(load_file(folder / TOKENIZER / "model.safetensors"))
-        if state.average is not None:
-            state.average.module.load_state_dict(load_file(folder / TOKENIZER_EMA / "model.safetensors"))
+        if state.averaged_tokenizer is not None:
+            state.averaged_tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / "model.safetensors"))
         if state.discriminator is not None:
             state.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
         for name, saved in torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True).items():
@@ -97,7 +104,8 @@ def read_state(state: TrainingState, folder: Path) -> None:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int, best: bool) -> Path:
-    """Write a checkpoint with `write(folder)`, then point `latest` (and `best`) at it and prune. One process calls it."""
+    """Write a checkpoint with `write(folder)`, then point `latest` (and `best`) at it and prune. One process calls
+    it."""
     folder = checkpoints_folder(run)
     partial, final = folder / f".{step_name(step)}.partial", folder / step_name(step)
     shutil.rmtree(partial, ignore_errors=True)
@@ -136,7 +144,9 @@ def latest_intact(run: Path, say: Callable[[str], None]) -> Path | None:
             return path
         say(f"checkpoint {path} is damaged ({fault}); going back to the one before it")
     if found:
-        raise ValueError(f"every checkpoint in {checkpoints_folder(run)} is damaged; restore one or start a new output_dir")
+        raise ValueError(
+            f"every checkpoint in {checkpoints_folder(run)} is damaged; restore one or start a new output_dir"
+        )
     return None
 
 

@@ -1,4 +1,5 @@
-"""The codebook's upkeep over an epoch: which codes were used by any process, and new vectors for those that were not."""
+"""The codebook's upkeep over an epoch: which codes were used by any process, and new vectors for those that were
+not."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ def reinitialise_unused(
 def draw_latents(latents: list[Tensor], number: int, generator: torch.Generator) -> Tensor:
     """`number` vectors (n, D), at most the pool's size, without replacement from the global batch's latents.
 
-    Every rank draws the same (sample, position) pairs, fills in those it holds, and the sum over ranks completes them: the
-    result depends neither on the number of processes nor on the rounds.
+    Every rank draws the same (sample, position) pairs, fills in those it holds, and the sum over ranks completes
+    them: the result depends neither on the number of processes nor on the rounds.
     """
     rounds, (batch, dim, height, width) = len(latents), latents[0].shape
     positions = height * width
@@ -85,9 +86,12 @@ def draw_latents(latents: list[Tensor], number: int, generator: torch.Generator)
 
 
 def draw_used_codes(codebook: Tensor, counts: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """`number` codes (n, D) in proportion to their use, perturbed: an exact copy never wins an argmin and stays dead."""
-    chosen = torch.multinomial(counts.cpu().double(), number, replacement=True, generator=generator) if number else []
-    vectors = codebook[torch.as_tensor(chosen, dtype=torch.int64, device=codebook.device)]
+    """`number` codes (n, D) in proportion to their use, perturbed: an exact copy never wins an argmin and stays
+    dead."""
+    if number == 0:
+        return codebook[:0]
+    chosen = torch.multinomial(counts.cpu().double(), number, replacement=True, generator=generator)
+    vectors = codebook[chosen.to(codebook.device)]
     spread = codebook[counts > 0].std(0, correction=0)  # (D,)
     noise = torch.randn(vectors.shape, generator=generator).to(codebook.device)
     return vectors + PERTURBATION * spread.clamp_min(1e-6) * noise

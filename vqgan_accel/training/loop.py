@@ -1,7 +1,8 @@
 """The training loop, top to bottom.
 
-One optimizer step: for each accumulation round the tokenizer's gradient, then the discriminator's on the same images and the
-same reconstruction; then, if everything is finite on every process, both updates, the codebook's and the average's.
+One optimizer step: for each accumulation round the tokenizer's gradient, then the discriminator's on the same images
+and the same reconstruction; then, if everything is finite on every process, both updates, the codebook's and the
+average's.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from vqgan_accel.training.steps import GeneratorStep, discriminator_backward, ge
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Train as `config` says, in `config.output_dir`; with `resume`, go on from its newest intact checkpoint if it has one.
+    """Train as `config` says, in `config.output_dir`; with `resume`, go on from its newest intact checkpoint if it
+    has one.
 
-    Runs on one process, or on many (DDP) under `accelerate launch` or `torchrun`. Returns the run folder. Raises ValueError or
-    FileNotFoundError before the first step for what cannot be trained, FloatingPointError where training diverges.
+    Runs on one process, or on many (DDP) under `accelerate launch` or `torchrun`. Returns the run folder. Raises
+    ValueError or FileNotFoundError before the first step for what cannot be trained, FloatingPointError where
+    training diverges.
     """
     setup = set_up(config, resume)
     accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
@@ -113,13 +116,13 @@ def train(config: Config, resume: bool = False) -> Path:
         # ---- the codebook at the end of an epoch
         if progress.step % plan.steps_per_epoch == 0:
             values |= {f"epoch_{name}": value for name, value in setup.usage.metrics().items()}
-            if plan.reinit_at(step) and sound:
+            if sound and (source := plan.reinit_at(step)):
                 values["reinitialised_codes"] = reinitialise_unused(
                     quantizer,
                     optimizers["tokenizer"],
                     setup.usage,
                     [generated.latents for generated in rounds],
-                    config.quantizer.reinit_from,
+                    source,
                     position_seed(config.seed, CODE_REINIT, step),
                 )
             setup.usage.reset()
@@ -152,7 +155,8 @@ def train(config: Config, resume: bool = False) -> Path:
 
 
 def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> Tensor | None:
-    """(B,) seeds of this process's samples in a round, for the quantizer that draws noise: functions of their position."""
+    """(B,) seeds of this process's samples in a round, for the quantizer that draws noise: functions of their
+    position."""
     if not isinstance(plan.config.quantizer, GumbelQuantizerConfig):
         return None
     samples = [
@@ -172,8 +176,8 @@ def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
 
 def global_values(losses: list[dict[str, Tensor]], norms: dict[str, Tensor]) -> dict[str, float]:
-    """Losses as means over rounds and processes. One all-reduce and one transfer to the host, so every rank sees the same
-    numbers, and a nan on any of them, and decides alike.
+    """Losses as means over rounds and processes. One all-reduce and one transfer to the host, so every rank sees the
+    same numbers, and a nan on any of them, and decides alike.
     """
     names = list(losses[0])
     means = mean_over_processes(torch.stack([torch.stack([parts[name] for name in names]) for parts in losses]).mean(0))
@@ -184,9 +188,8 @@ def global_values(losses: list[dict[str, Tensor]], norms: dict[str, Tensor]) -> 
 def validate(setup: Setup) -> bool:
     """Measure the (averaged) tokenizer on the whole validation split; True where it is the best so far."""
     state, training, step = setup.state, setup.plan.config.training, setup.state.progress.step
-    tokenizer = state.average.module if state.average is not None else state.tokenizer
     evaluation = evaluate_tokenizer(
-        tokenizer,
+        state.averaged_tokenizer or state.tokenizer,
         setup.validation_batches,
         setup.metrics,
         setup.accelerator.device,

@@ -1,10 +1,11 @@
-"""Every number that follows from the config, the data set's size and the number of processes, decided and checked before the
-first step.
+"""Every number that follows from the config, the data set's size and the number of processes, decided and checked
+before the first step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vqgan_accel.config import Config, GumbelQuantizerConfig, batch_scale
 from vqgan_accel.data.order import steps_per_epoch
@@ -51,10 +52,13 @@ class Plan:
             return False
         return step >= self.discriminator_start and (step - self.discriminator_start) % discriminator.r1_every == 0
 
-    def reinit_at(self, step: int) -> bool:
-        """Whether unused codes are replaced at the end of this step."""
-        every = getattr(self.config.quantizer, "reinit_every_epochs", None)
-        return every is not None and (step + 1) % (every * self.steps_per_epoch) == 0
+    def reinit_at(self, step: int) -> Literal["latents", "used_codes"] | None:
+        """What replaces the unused codes at the end of this step; None where they stay."""
+        quantizer = self.config.quantizer
+        if isinstance(quantizer, GumbelQuantizerConfig) or quantizer.reinit_every_epochs is None:
+            return None
+        due = (step + 1) % (quantizer.reinit_every_epochs * self.steps_per_epoch) == 0
+        return quantizer.reinit_from if due else None
 
 
 def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
@@ -63,8 +67,10 @@ def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
     total, rounds = training.total_batch_size, training.gradient_accumulation_steps
     if total % (rounds * num_processes):
         raise ValueError(
-            f"training.total_batch_size {total} is not divisible by gradient_accumulation_steps {rounds} x {num_processes} "
-            f"processes; the nearest that is: {max(1, round(total / (rounds * num_processes))) * rounds * num_processes}"
+            f"training.total_batch_size {total} is not divisible by gradient_accumulation_steps {rounds} x "
+            f"{num_processes} "
+            "processes; the nearest that is: "
+            f"{max(1, round(total / (rounds * num_processes))) * rounds * num_processes}"
         )
     batch_size = total // (rounds * num_processes)
     if config.discriminator and batch_size % config.discriminator.minibatch_stddev_group:
@@ -74,14 +80,16 @@ def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
             f"{config.discriminator.minibatch_stddev_group}; make them a multiple of it"
         )
     epoch = steps_per_epoch(num_images, total)
-    limits = [training.max_steps, training.max_epochs and round(training.max_epochs * epoch)]
-    total_steps = min(limit for limit in limits if limit is not None)
+    limits = [training.max_steps] if training.max_steps is not None else []
+    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None else []
+    total_steps = min(limits)
     if total_steps < 1:
         raise ValueError(f"training.max_epochs {training.max_epochs} is less than one step of {epoch} an epoch")
     warmup = training.lr_warmup.steps(epoch)
     if warmup > total_steps:
         raise ValueError(
-            f"training.lr_warmup ({training.lr_warmup}, {warmup} steps) is longer than training ({total_steps} steps); shorten it"
+            f"training.lr_warmup ({training.lr_warmup}, {warmup} steps) is longer than training "
+            f"({total_steps} steps); shorten it"
         )
     start = config.discriminator.start.steps(epoch) if config.discriminator else None
     if start is not None and start >= total_steps and training.max_steps is None:

@@ -136,8 +136,8 @@ def start_accelerator(config: Config) -> Accelerator:
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
-            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one gradient "
-            "scaler would serve two networks' optimizers; use bf16 or no"
+            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: "
+            "one gradient scaler would serve two networks' optimizers; use bf16 or no"
         )
     return accelerator
 
@@ -148,7 +148,8 @@ def prepare_run_folder(accelerator: Accelerator, config: Config, resume: bool) -
     found = checkpoints(run)
     if found and not resume:
         raise ValueError(
-            f"output_dir {run} already holds a run, up to {found[-1].name}; add --resume to go on with it, or give another output_dir"
+            f"output_dir {run} already holds a run, up to {found[-1].name}; add --resume to go on with it, "
+            "or give another output_dir"
         )
     accelerator.wait_for_everyone()  # every rank has looked before one writes
     if accelerator.is_main_process:
@@ -195,8 +196,7 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         return
     training, discriminator = plan.config.training, plan.config.discriminator
     lines = [
-        f"output             {plan.config.output_dir}"
-        + (f", resuming from {checkpoint.name}" if checkpoint else ""),
+        f"output             {plan.config.output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
         f"processes          {plan.num_processes} on {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}, torch {torch.__version__}",
         *description_lines(describe(plan.config)),

@@ -1,7 +1,7 @@
 """The two halves of a training step: the tokenizer's gradient and the discriminator's.
 
-Both are called once per accumulation round inside `accelerator.accumulate`; `accelerator.backward` divides by the number of
-rounds, DDP averages over processes on the last one. Losses are float32 whatever the autocast.
+Both are called once per accumulation round inside `accelerator.accumulate`; `accelerator.backward` divides by the
+number of rounds, DDP averages over processes on the last one. Losses are float32 whatever the autocast.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def generator_backward(
 ) -> GeneratorStep:
     """Accumulate the tokenizer's gradient on images (B, 3, H, W) in [-1, 1].
 
-    `discriminator` and `adversarial` are None before adversarial training starts. The losses are differentiated down to the
-    reconstruction only; one backward pass through the tokenizer then serves them all, weighted.
+    `discriminator` and `adversarial` are None before adversarial training starts. The losses are differentiated down
+    to the reconstruction only; one backward pass through the tokenizer then serves them all, weighted.
     """
     output: TokenizerOutput = tokenizer(images, sample_seeds)
     leaf = output.reconstruction.detach().requires_grad_()
@@ -61,7 +61,9 @@ def generator_backward(
         total = total + weight * gen_loss.detach()
         parts |= {"generator": gen_loss.detach(), "adversarial_weight": weight}
 
-    surrogate = (output.reconstruction * gradient).sum()  # its gradient is the weighted losses', its value means nothing
+    surrogate = (
+        output.reconstruction * gradient
+    ).sum()  # its gradient is the weighted losses', its value means nothing
     accelerator.backward(surrogate + output.quantizer.loss)
     return GeneratorStep(
         leaf.detach(), output.quantizer.codes, output.latents, {"total": total, **parts, **output.quantizer.metrics}
@@ -78,8 +80,8 @@ def discriminator_backward(
 ) -> dict[str, Tensor]:
     """Accumulate the discriminator's gradient on images and detached reconstructions (B, 3, H, W).
 
-    R1 and the adversarial loss share one backward pass through the DDP-wrapped network: one reduction. R1's forward pass
-    runs in float32, for bf16 rounding is magnified by the second derivative.
+    R1 and the adversarial loss share one backward pass through the DDP-wrapped network: one reduction. R1's forward
+    pass runs in float32, for bf16 rounding is magnified by the second derivative.
     """
     fake_logits = discriminator(reconstruction)
     real_images = images.detach().requires_grad_(with_r1)

@@ -1,4 +1,5 @@
-"""What a run says: metrics.jsonl as the record of truth, trackers through Accelerate, messages beside the progress bar."""
+"""What a run says: metrics.jsonl as the record of truth, trackers through Accelerate, messages beside the progress
+bar."""
 
 from __future__ import annotations
 
@@ -19,11 +20,17 @@ from vqgan_accel.run_folder import METRICS, write_atomically
 class Tracking:
     """Only the main process writes; every rank may call."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, run: Path, resumed_step: int, total_steps: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: Config, run: Path, resumed_step: int, total_steps: int
+    ) -> None:
         self.accelerator = accelerator
         self.file = run / METRICS
         self.bar = tqdm(
-            total=total_steps, initial=resumed_step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
+            total=total_steps,
+            initial=resumed_step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
         )
         if accelerator.is_main_process:
             trim_metrics(self.file, resumed_step)
@@ -39,7 +46,9 @@ class Tracking:
         """One line of metrics.jsonl and one entry in each tracker."""
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}}) + "\n")
+                file.write(
+                    json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}}) + "\n"
+                )
         self.accelerator.log(values, step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
@@ -70,7 +79,8 @@ def check_trackers(config: TrackingConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"tracking.trackers asks for {name}, which is not installed: pip install 'vqgan_accel[{name}]', or remove it"
+                f"tracking.trackers asks for {name}, which is not installed: pip install "
+                f"'vqgan_accel[{name}]', or remove it"
             )
 
 

@@ -30,7 +30,8 @@ class Quantizer(nn.Module):
     input_channels: int  # what the encoder must emit: D, or K for logits
 
     def forward(self, latents: Tensor, sample_seeds: Tensor | None = None) -> QuantizerOutput:
-        """latents (B, input_channels, h, w); sample_seeds (B,) int64 fixes the noise of each sample, where there is any."""
+        """latents (B, input_channels, h, w); sample_seeds (B,) int64 fixes the noise of each sample, where there is
+        any."""
         with without_autocast(latents):
             return self.quantize(latents.float(), sample_seeds)
 
@@ -70,7 +71,9 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """
     batch, _, height, width = latents.shape
     blocks = flatten(latents.detach()).split(max(1, MAX_DISTANCES // len(codebook)))
-    return torch.cat([partial_distances(block, codebook.detach()).argmin(1) for block in blocks]).view(batch, height, width)
+    return torch.cat([partial_distances(block, codebook.detach()).argmin(1) for block in blocks]).view(
+        batch, height, width
+    )
 
 
 def partial_distances(tokens: Tensor, codebook: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The quantizer whose codebook is a moving average of the latents (van den Oord et al. 2017, appendix A.1; Sonnet's
 VectorQuantizerEMA).
 
-Two things differ from most implementations. Statistics are sums over all processes and accumulation rounds, applied once
-per optimizer step, so the codebook does not depend on how a batch is split. Counts start at 1 and sums at the codebook,
-and the smoothing total is that of the counts, so unused codes do not explode.
+Two things differ from most implementations. Statistics are sums over all processes and accumulation rounds, applied
+once per optimizer step, so the codebook does not depend on how a batch is split. Counts start at 1 and sums at the
+codebook, and the smoothing total is that of the counts, so unused codes do not explode.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class EMAQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
-        # A count of 1 is the weight of a code that is used about once a step; the sum follows so that m / N is the vector.
+        # A count of 1 is the weight of a code that is used about once a step; the sum follows so that m / N is the
+        # vector.
         self.counts[codes] = 1.0
         total = self.counts.sum()
         smoothed = (1 + self.epsilon) / (total + self.num_codes * self.epsilon) * total

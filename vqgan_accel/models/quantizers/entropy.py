@@ -1,5 +1,5 @@
-"""The quantizer of MaskGIT's tokenizer (Chang et al. 2022, arXiv 2202.04200): nearest code plus an entropy loss that asks
-for confident assignments (low entropy per token) and even use of the codes (high entropy of the mean).
+"""The quantizer of MaskGIT's tokenizer (Chang et al. 2022, arXiv 2202.04200): nearest code plus an entropy loss that
+asks for confident assignments (low entropy per token) and even use of the codes (high entropy of the mean).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ LOG_EPS = 1e-5  # keeps the logarithm of a code that nobody uses finite
 
 
 class EntropyQuantizer(StandardQuantizer):
-    """loss = the standard loss + ratio * (mean entropy of p(code | token) - entropy of the mean of p over all tokens)."""
+    """loss = the standard loss + ratio * (mean entropy of p(code | token) - entropy of the mean of p over all
+    tokens)."""
 
     def __init__(
         self,
@@ -45,7 +46,8 @@ class EntropyQuantizer(StandardQuantizer):
         )
 
     def entropy_loss(self, logits: Tensor) -> Tensor:
-        """logits (M, K) -> scalar in [-log K, log K]; the mean distribution is formed over the tokens of all processes."""
+        """logits (M, K) -> scalar in [-log K, log K]; the mean distribution is formed over the tokens of all
+        processes."""
         log_probabilities = logits.log_softmax(-1)
         target = logits.softmax(-1)
         if self.target == "argmax":
