@@ -1,14 +1,23 @@
-"""Seeds as a function of position: nothing in training draws from a global random state."""
+"""Randomness as a function of position: nothing in training draws from a global random state.
+
+Every purpose has its own stream, so that equal positions in two of them share nothing.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-# One stream per purpose, so that equal positions never share their noise.
-QUANTIZER_NOISE = 1  # (seed, QUANTIZER_NOISE, optimizer step, index in the global batch)
-CODE_REINIT = 2  # (seed, CODE_REINIT, optimizer step)
+EPOCH_ORDER = 1  # (seed, epoch)
+AUGMENTATION = 2  # (seed, epoch, index of the image)
+QUANTIZER_NOISE = 3  # (seed, optimizer step, index in the global batch)
+CODE_REINIT = 4  # (seed, optimizer step)
 
 
-def position_seed(*position: int) -> int:
-    """A well-mixed seed in [0, 2^63) from a tuple of non-negative integers."""
-    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def generator(stream: int, *position: int) -> np.random.Generator:
+    """A fresh generator for one position (non-negative integers) of a stream."""
+    return np.random.default_rng((stream, *position))
+
+
+def position_seed(stream: int, *position: int) -> int:
+    """The same for torch's generators: a well-mixed seed in [0, 2^63)."""
+    return int(np.random.SeedSequence((stream, *position)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -19,28 +19,27 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import SplitName, decode_image, listed, nearest_name
+from vqgan_accel.data.source import decode_image, listed, nearest_name
 
 
 class HubSource:
     """The image column of one split of `config.path`.
 
-    The split's name is `config.train_split`, `.validation_split` or `.test_split`. A slice such as 'train[:90%]' is a
-    split too, except of what save_to_disk wrote.
+    A slice such as 'train[:90%]' is a split too, except of what save_to_disk wrote. `key` is the config key that named
+    the split, for error sentences.
     Raises FileNotFoundError or ValueError for an unknown data set, split or column, naming those that there are.
     """
 
-    def __init__(self, config: DataConfig, split: SplitName) -> None:
-        wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split]
+    def __init__(self, config: DataConfig, split: str, key: str = "data.train_split") -> None:
         path = Path(str(config.path)).expanduser()
         if path.exists():
             if config.subset or config.revision:
                 raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
             with _without_progress_bars():
-                dataset = _load_local(path, wanted, f"data.{split}_split")
+                dataset = _load_local(path, split, key)
         else:
-            dataset = _load_from_hub(config, wanted, f"data.{split}_split")
-        self.title = f"{config.path}[{wanted}]"
+            dataset = _load_from_hub(config, split, key)
+        self.title = f"{config.path}[{split}]"
         self.column = config.image_column
         self.rows = _image_rows(dataset, self.column, self.title)
 

@@ -36,14 +36,15 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
     """The images of one split. ValueError or FileNotFoundError, one sentence, for a wrong path, split or column."""
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
+    split = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
+    key = f"data.{split_name}_split"
     match config.backend:
         case "folder":
-            splits = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-            return FolderSource(Path(config.path).expanduser(), splits[split_name], key=f"data.{split_name}_split")
+            return FolderSource(Path(config.path).expanduser(), split, key)
         case "hub":
             from vqgan_accel.data.hub import HubSource  # importing `datasets` takes seconds
 
-            return HubSource(config, split_name)
+            return HubSource(config, split, key)
 
 
 def training_loader(

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from vqgan_accel.randomness import EPOCH_ORDER, generator
+
 IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
 Key = tuple[int, int]  # (epoch, index of the image): what a training view depends on, beside the seed
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
     """(num_images,) int64: the permutation in which an epoch visits the images."""
-    return np.random.default_rng((seed, epoch)).permutation(num_images)
+    return generator(EPOCH_ORDER, seed, epoch).permutation(num_images)
 
 
 def global_index(local: IntOrArray, round: int, process: int, num_processes: int, num_rounds: int) -> IntOrArray:
@@ -40,7 +42,7 @@ class TrainingOrder(Sampler[list[Key]]):
     """A batch sampler: one process's micro-batches of the steps start_step .. total_steps - 1, across epochs.
 
     Each step gives num_rounds lists of total_batch_size / (num_processes * num_rounds) keys (epoch, index).
-    Raises ValueError where that is not a whole number or the images do not fill one global batch.
+    Raises ValueError where the images do not fill one global batch.
     """
 
     def __init__(
@@ -54,11 +56,7 @@ class TrainingOrder(Sampler[list[Key]]):
         start_step: int,
         total_steps: int,
     ) -> None:
-        if total_batch_size % (num_processes * num_rounds):
-            raise ValueError(
-                f"training.total_batch_size {total_batch_size} is not divisible by {num_processes} processes x "
-                f"training.gradient_accumulation_steps {num_rounds}; make it a multiple of {num_processes * num_rounds}"
-            )
+        assert total_batch_size % (num_processes * num_rounds) == 0  # training.plan tells the user
         assert 0 <= process_index < num_processes and 0 <= start_step <= total_steps
         self.seed = seed
         self.num_images = num_images

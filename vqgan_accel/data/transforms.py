@@ -9,6 +9,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from vqgan_accel.randomness import AUGMENTATION, generator
+
 # The evaluation protocol, for its fingerprint: numbers from other crops or filters do not compare.
 CROP = "central square of the short side, cropped before one resize"
 RESIZE_FILTER = "PIL bilinear, antialiased, uint8"
@@ -54,7 +56,7 @@ def training_view(
 
     Everything random comes from (seed, epoch, index): it does not matter which worker asks, when, or after what.
     """
-    rng = np.random.default_rng((seed, epoch, index))
+    rng = generator(AUGMENTATION, seed, epoch, index)
     left, top, side = training_crop(*image.size, crop_scale, rng) if crop_scale else _central_square(*image.size)
     square = _resized_square(image, left, top, side, image_size)
     if horizontal_flip and rng.random() < 0.5:

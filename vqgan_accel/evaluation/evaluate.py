@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, load_config, parse_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, to_float
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
@@ -96,7 +96,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     folder, config_file = find_tokenizer(path)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = evaluation_config(tokenizer, config_file, overrides)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = start_accelerator("no")
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)

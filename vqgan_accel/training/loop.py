@@ -123,7 +123,7 @@ def train(config: Config, resume: bool = False) -> Path:
                     setup.usage,
                     [generated.latents for generated in rounds],
                     source,
-                    position_seed(config.seed, CODE_REINIT, step),
+                    position_seed(CODE_REINIT, config.seed, step),
                 )
             setup.usage.reset()
 
@@ -163,7 +163,7 @@ def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> 
         global_index(local, round_index, process_index, plan.num_processes, plan.rounds)
         for local in range(plan.batch_size)
     ]
-    return torch.tensor([position_seed(plan.config.seed, QUANTIZER_NOISE, step, int(sample)) for sample in samples])
+    return torch.tensor([position_seed(QUANTIZER_NOISE, plan.config.seed, step, int(sample)) for sample in samples])
 
 
 def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:

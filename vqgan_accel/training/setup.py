@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, flat_config, load_config, save_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
@@ -47,7 +48,12 @@ class Setup:
 def set_up(config: Config, resume: bool) -> Setup:
     """Raises ValueError or FileNotFoundError for whatever cannot be trained, before anything is written."""
     check_trackers(config.tracking)
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(
+        mixed_precision=config.training.mixed_precision,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        trackers=config.tracking.trackers,
+        folder=config.output_dir,
+    )
     device = accelerator.device
     training_source = open_source(config.data, "train")
     validation_source = open_source(config.data, "validation")
@@ -112,34 +118,6 @@ def set_up(config: Config, resume: bool) -> Setup:
         metrics=metrics,
         tracking=Tracking(accelerator, config, run, state.progress.step, plan.total_steps),
     )
-
-
-def start_accelerator(config: Config) -> Accelerator:
-    """One device or DDP on any number of nodes; what a GAN was not proven on is refused."""
-    precision = config.training.mixed_precision
-    accelerator = Accelerator(
-        mixed_precision=None if precision == "auto" else precision,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        log_with=list(config.tracking.trackers) or None,
-        project_dir=config.output_dir,
-        # Buffers are made equal by what fills them; unused parameters would be a bug, not a case to search for.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
-    )
-    if accelerator.distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-    ):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: with two alternating networks only one device and "
-            "DDP (MULTI_GPU, MULTI_CPU) are proven; change the accelerate config's distributed_type"
-        )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: "
-            "one gradient scaler would serve two networks' optimizers; use bf16 or no"
-        )
-    return accelerator
 
 
 def prepare_run_folder(accelerator: Accelerator, config: Config, resume: bool) -> Path:

@@ -1,0 +1,48 @@
+"""What several test files share: golden numbers, one measure of error, and tokenizers small enough to run at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqgan_accel.config import AutoencoderConfig, QuantizerConfig
+from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> dict[str, Tensor]:
+    """Inputs `in.*`, outputs `out.*`, gradients `grad.*` and, under their own names, weights."""
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def tiny_tokenizer(quantizer: QuantizerConfig, image_size: int = 16, **autoencoder: object) -> ImageTokenizer:
+    """Random weights from a fixed seed, and latents spread as wide as the codebook so that many codes are in use."""
+    torch.manual_seed(0)
+    settings = {"channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, **autoencoder}
+    config = TokenizerConfig(
+        autoencoder=AutoencoderConfig.model_validate(settings), quantizer=quantizer, image_size=image_size
+    )
+    tokenizer = ImageTokenizer(config)
+    spread_codebook(tokenizer.quantizer)
+    for parameter in tokenizer.parameters():  # biases and norms start at 0 and 1, which would hide a missing one
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return tokenizer
+
+
+@torch.no_grad()
+def spread_codebook(quantizer: nn.Module) -> None:
+    """Codes of unit scale in place of U(-1/K, 1/K)."""
+    for name, tensor in [*quantizer.named_parameters(), *quantizer.named_buffers()]:
+        if name in ("codebook", "sums"):
+            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))

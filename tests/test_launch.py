@@ -1,0 +1,201 @@
+"""launch/: accelerate accepts the files, the commands in them are right, and the scripts start what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import ComputeEnvironment, DistributedType
+from tiny import DISCRIMINATOR, tiny_config
+
+from vqgan_accel.config import save_config
+
+REPOSITORY = Path(__file__).parent.parent
+LAUNCH = REPOSITORY / "launch"
+FILES = {  # machines, processes over all machines
+    "one_gpu": (1, 1),
+    "8xA100_bf16": (1, 8),
+    "two_nodes_8xA100_bf16": (2, 16),
+}
+BIN = Path(sys.executable).parent  # where accelerate and torchrun are
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | extra
+
+
+# ---- accelerate's files
+
+
+def test_every_config_file_is_known_here():
+    assert sorted(path.stem for path in LAUNCH.glob("*.yaml")) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_reads_the_file_as_it_is_meant(name):
+    machines, processes = FILES[name]
+    config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))  # refuses unknown keys
+    assert config.compute_environment == ComputeEnvironment.LOCAL_MACHINE
+    assert config.distributed_type == (DistributedType.MULTI_GPU if processes > 1 else DistributedType.NO)
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert config.mixed_precision == "bf16"
+    assert config.use_cpu is False
+    if machines > 1:
+        assert config.main_process_ip and config.main_process_port
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_at_the_top_of_the_file_is_one_that_accelerate_takes(name):
+    (command,) = re.findall(r"^#   accelerate launch (.*)$", (LAUNCH / f"{name}.yaml").read_text(), re.MULTILINE)
+    arguments = launch_command_parser().parse_args(shlex.split(command.replace("IP ", "10.0.0.1 ")))
+    assert (REPOSITORY / arguments.config_file).samefile(LAUNCH / f"{name}.yaml")
+    assert arguments.training_script == "train.py"
+    assert arguments.training_script_args[:2] == ["CONFIG", "data.path=FOLDER"]
+    if FILES[name][0] > 1:  # what differs between machines is on the command line
+        assert arguments.main_process_ip == "10.0.0.1"
+        assert (arguments.machine_rank, arguments.main_process_port) == (0, 29500)
+
+
+def test_recipes_name_a_config_file_that_exists():
+    for recipe in (REPOSITORY / "configs").rglob("*.yaml"):
+        for name in re.findall(r"--config_file (\S+)", recipe.read_text()):
+            assert (REPOSITORY / name).is_file(), f"{recipe} names {name}"
+
+
+def test_two_machines_with_the_two_node_file_form_one_run(tmp_path):
+    """On this machine's CPU, one process per machine; the command line overrides the file's 16 processes and port."""
+    script = tmp_path / "who.py"
+    script.write_text(
+        "from accelerate import Accelerator\n"
+        "a = Accelerator()\n"
+        "print('WHO', a.num_processes, a.process_index, a.mixed_precision, a.distributed_type.value, flush=True)\n"
+        "a.end_training()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"accelerate launch --config_file {LAUNCH}/two_nodes_8xA100_bf16.yaml --num_processes 2 "
+    command += f"--main_process_ip 127.0.0.1 --main_process_port {port} --machine_rank"
+    machines = [
+        subprocess.Popen(
+            [*shlex.split(command), str(rank), str(script)],
+            env=environment(ACCELERATE_USE_CPU="true"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [machine.communicate(timeout=90)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    for rank, output in enumerate(outputs):
+        assert f"WHO 2 {rank} bf16 MULTI_CPU" in output, output
+
+
+# ---- scripts
+
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_executable_and_parses(script):
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/bin/bash\n")
+    subprocess.run(["bash", "-n", script], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, script], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_without_a_config_says_how_it_is_used(script, tmp_path):
+    result = subprocess.run([script], capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ") and "CONFIG [key=value ...]" in result.stderr
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """An environment with a stand-in for srun that visits three nodes, and for accelerate that prints its arguments."""
+    stand_ins = tmp_path / "bin"
+    program(
+        stand_ins / "scontrol", '#!/bin/bash\n[[ "$*" == "show hostnames gpu[07-09]" ]] && printf "gpu0%d\\n" 7 8 9\n'
+    )
+    program(
+        stand_ins / "srun",
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1" >&2; shift; done\n'
+        'for SLURM_NODEID in 0 1 2; do export SLURM_NODEID; "$@"; done\n',
+    )
+    program(stand_ins / "accelerate", f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    variables = {
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "gpu[07-09]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
+    return os.environ | variables | {"PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_slurm_starts_one_launcher_a_node_that_together_make_one_run(slurm, tmp_path):
+    given = ["configs/demo.yaml", "discriminator.start=300 steps", "data.path=/a b"]
+    copy = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")  # as SLURM does
+    result = subprocess.run(["bash", copy, *given], env=slurm, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {"srun --nodes=3", "srun --ntasks=3", "srun --cpus-per-task=64"} <= set(result.stderr.splitlines())
+    commands = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [command[0] for command in commands] == ["launch"] * 3
+    nodes = [launch_command_parser().parse_args(command[1:]) for command in commands]
+    assert [node.machine_rank for node in nodes] == [0, 1, 2]
+    for node in nodes:
+        assert (node.num_machines, node.num_processes) == (3, 24)
+        assert (node.main_process_ip, node.main_process_port) == ("gpu07", 23456)
+        assert load_config_from_file(str(REPOSITORY / node.config_file)).distributed_type == DistributedType.MULTI_GPU
+        assert node.training_script == "train.py"
+        assert node.training_script_args == [*given, "--resume"]  # so that a requeued job goes on
+
+
+def test_slurm_asks_to_be_requeued_and_keeps_the_log(slurm):
+    options = re.findall(r"^#SBATCH (\S+)", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
+    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options)
+
+
+def test_slurm_submitted_from_elsewhere_says_from_where_to_submit(slurm, tmp_path):
+    result = subprocess.run(
+        [LAUNCH / "slurm.sh", "c.yaml"], env=slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"there is no train.py in {tmp_path}: submit from the repository's folder\n"
+
+
+def test_two_cpu_processes_are_two_from_any_directory(tmp_path):
+    config = tiny_config(tmp_path, data={"path": "images"}, discriminator=DISCRIMINATOR)
+    save_config(config, tmp_path / "tiny.yaml")
+    tiny_config(tmp_path)  # writes the images
+    arguments = ["tiny.yaml", "output_dir=here/run", "training.log_every=1"]
+    result = subprocess.run(
+        [LAUNCH / "two_cpu_processes.sh", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "processes          2 on cpu" in result.stdout
+    assert "batch              4 = 2 processes x 1 rounds x 2 images" in result.stdout
+    logged = [json.loads(line) for line in (tmp_path / "here/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 2]  # two steps and the validation, once for both processes
+    assert "discriminator" in logged[0]

@@ -1,0 +1,60 @@
+"""Runs that take a second: a few generated images, the smallest networks that the config allows, two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from images import noise
+
+from vqgan_accel.config import Config, parse_config
+
+SIZE = 16  # pixels
+DISCRIMINATOR = {"channel_base": 64, "channel_max": 16, "minibatch_stddev_group": 2}  # 0.1 MB
+SPLITS = {"train": 8, "validation": 3, "test": 3}  # images
+
+
+def write_images(folder: Path, n: int, size: int = SIZE, seed: int = 0) -> list[Path]:
+    """`n` PNG 000.png, 001.png, ... of size x size pixels in `folder`; all their contents differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index:03}.png" for index in range(n)]
+    for index, path in enumerate(paths):
+        noise(size, size, seed=seed * 1000 + index).save(path)
+    return paths
+
+
+def write_splits(folder: Path, size: int = SIZE) -> Path:
+    """train/, validation/ and test/ in `folder`, all images different; what is there already stays. Returns it."""
+    for seed, (split, n) in enumerate(SPLITS.items()):
+        if not (folder / split).exists():
+            write_images(folder / split, n, size, seed)
+    return folder
+
+
+def tiny_config(folder: Path, **overrides: Any) -> Config:
+    """A run of two steps in folder/run on folder/images, which it writes where `data.path` is not given.
+
+    Overrides are the top-level keys, sections as dicts that are merged into the tiny ones:
+    tiny_config(tmp_path, seed=1, training={"max_steps": 4}, quantizer={"type": "gumbel"}, discriminator=DISCRIMINATOR).
+    """
+    values: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "data": {"path": str(folder / "images"), "image_size": SIZE, "workers": 0},
+        "autoencoder": {"channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1},
+        "quantizer": {"type": "standard", "num_codes": 16, "embedding_dim": 8},
+        "losses": {"perceptual_weight": 0},
+        "training": {"max_steps": 2, "total_batch_size": 4},
+        "evaluation": {"metrics": ["l2", "psnr", "ssim", "codebook"], "batch_size": 2, "grid_images": 2},
+    }
+    if "path" not in overrides.get("data", {}):
+        write_splits(folder / "images")
+    return parse_config(merged(values, overrides))
+
+
+def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `overrides` put over them, dicts inside dicts too."""
+    result = dict(values)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result

@@ -1,0 +1,48 @@
+"""The one place that starts Accelerate: one device, or DDP on any number of nodes; what a GAN was not proven on is
+refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+
+
+def start_accelerator(
+    mixed_precision: Literal["auto", "no", "bf16"],
+    gradient_accumulation_steps: int = 1,
+    trackers: Sequence[str] = (),
+    folder: str | None = None,
+) -> Accelerator:
+    """`auto` takes what `accelerate launch` says. Raises ValueError for precisions and strategies that are not
+    supported."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it torchrun's processes on a CPU would not find each other
+        mixed_precision=None if mixed_precision == "auto" else mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        # Buffers are made equal by what fills them; an unused parameter would be a bug, not a case to search for.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: they would train apart; "
+            "on a CPU start them with torchrun (launch/two_cpu_processes.sh)"
+        )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: with two alternating networks only one device and "
+            "DDP (MULTI_GPU, MULTI_CPU) are proven; change the accelerate config's distributed_type"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one gradient "
+            "scaler would serve two networks' optimizers; use bf16 or no"
+        )
+    return accelerator
