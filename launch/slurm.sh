@@ -22,7 +22,7 @@ if [[ $# -lt 1 ]]; then
     echo "usage: sbatch --nodes=N launch/slurm.sh CONFIG [key=value ...]" >&2
     exit 2
 fi
-cd "$SLURM_SUBMIT_DIR" # SLURM runs a copy of this script from elsewhere
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" # SLURM runs a copy of this script from elsewhere
 if [[ ! -f train.py ]]; then
     echo "there is no train.py in $SLURM_SUBMIT_DIR: submit from the repository's folder" >&2
     exit 2

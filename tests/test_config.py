@@ -389,7 +389,6 @@ def test_a_duration_of_six_digits_survives_printing_and_parsing(value, unit):
     assert parsed_duration(str(duration)) == duration
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, AssertionError), reason="Duration.__str__ uses :g, six digits")
 @pytest.mark.parametrize("written", ["1000000 steps", "1234567 steps", "0.1234567 epochs", "0.00001 epochs"])
 def test_a_duration_of_any_length_survives_printing_and_parsing(written):
     duration = parsed_duration(written)
@@ -398,7 +397,7 @@ def test_a_duration_of_any_length_survives_printing_and_parsing(written):
 
 
 def parsed_duration(written: str) -> Duration:
-    duration = parse_config({"training": {"max_epochs": 1e9, "validate_every": written}}).training.validate_every
+    duration = parse_config({"training": {"max_epochs": 1e9, "lr_decay": written}}).training.lr_decay
     assert isinstance(duration, Duration)
     return duration
 
@@ -437,7 +436,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
             quantizer |= {"kl_warmup": draw(durations), "straight_through": draw(st.booleans())}
     rounds = draw(st.integers(1, 4))
     return {
-        "output_dir": draw(names),
+        "output_dir": draw(names.filter(bool)),
         "seed": draw(st.integers(0, 2**32 - 1)),
         "data": {"path": draw(st.none() | names), "crop_scale": draw(st.none() | st.just([0.25, 1.0]))},
         "quantizer": quantizer,
@@ -464,8 +463,7 @@ def test_a_saved_config_loads_to_an_equal_object(values, tmp_path_factory):
     assert load_config(path) == config
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="save_config writes these without quotes")
-@pytest.mark.parametrize("name", ["1e3", "8e12345", "${x}"])
+@pytest.mark.parametrize("name", ["1e3", "8e12345", "yes", "null"])
 def test_a_saved_string_that_looks_like_something_else_loads_as_that_string(name, tmp_path):
     config = parse_config({"training": {"max_steps": 1}})
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"run_name": name})})

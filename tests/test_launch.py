@@ -16,7 +16,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import ComputeEnvironment, DistributedType
-from tiny import DISCRIMINATOR, tiny_config
+from tiny import DISCRIMINATOR, tiny_config, write_splits
 
 from vqgan_accel.config import save_config
 
@@ -188,7 +188,7 @@ def test_slurm_submitted_from_elsewhere_says_from_where_to_submit(slurm, tmp_pat
 def test_two_cpu_processes_are_two_from_any_directory(tmp_path):
     config = tiny_config(tmp_path, data={"path": "images"}, discriminator=DISCRIMINATOR)
     save_config(config, tmp_path / "tiny.yaml")
-    tiny_config(tmp_path)  # writes the images
+    write_splits(tmp_path / "images")
     arguments = ["tiny.yaml", "output_dir=here/run", "training.log_every=1"]
     result = subprocess.run(
         [LAUNCH / "two_cpu_processes.sh", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True

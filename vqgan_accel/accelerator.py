@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,6 +20,8 @@ def start_accelerator(
 ) -> Accelerator:
     """`auto` takes what `accelerate launch` says. Raises ValueError for precisions and strategies that are not
     supported."""
+    # torch prefers a new name for DDP's broadcast_buffers, which Accelerate does not pass on yet
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it torchrun's processes on a CPU would not find each other
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
@@ -31,8 +34,8 @@ def start_accelerator(
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ValueError(
-            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: they would train apart; "
-            "on a CPU start them with torchrun (launch/two_cpu_processes.sh)"
+            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: they would "
+            "train apart; on a CPU start them with torchrun (launch/two_cpu_processes.sh)"
         )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
@@ -42,7 +45,7 @@ def start_accelerator(
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
-            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one gradient "
-            "scaler would serve two networks' optimizers; use bf16 or no"
+            f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one "
+            "gradient scaler would serve two networks' optimizers; use bf16 or no"
         )
     return accelerator

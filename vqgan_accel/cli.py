@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
     except USER_ERRORS as error:
@@ -48,17 +48,22 @@ def explain(error: BaseException) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vqgan-accel", description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN)."
+        prog="vqgan-accel", allow_abbrev=False, description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN)."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, summary: str, run: object) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=run)
         return command
 
-    overrides = {"nargs": "*", "metavar": "key=value", "help": "such as training.max_steps=200 data.path=FOLDER"}
+    overrides = {
+        "nargs": "*",
+        "default": [],
+        "metavar": "key=value",
+        "help": "such as training.max_steps=200 data.path=FOLDER",
+    }
 
     train = add("train", "Train a tokenizer; also under accelerate launch or torchrun.", run_train)
     train.add_argument("config", type=Path, help="YAML file")
@@ -87,9 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(options: argparse.Namespace) -> None:
     from vqgan_accel.config import load_config
+
+    config = load_config(options.config, options.overrides)  # a misspelt key is told before torch is imported
+
     from vqgan_accel.training.loop import train
 
-    train(load_config(options.config, options.overrides), options.resume)
+    train(config, options.resume)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -36,12 +36,15 @@ class Duration(NamedTuple):
 
     def __str__(self) -> str:
         unit = self.unit if self.value != 1 else self.unit[:-1]
-        return f"{self.value:g} {unit}"
+        number = f"{self.value:.0f}" if self.value == int(self.value) else repr(self.value)
+        return f"{number} {unit}"
 
 
 def _parse_duration(value: object) -> object:
     match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(steps?|epochs?)\s*", value) if isinstance(value, str) else None
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?)\s*", value)
+        if isinstance(value, str)
+        else None
     )
     if isinstance(value, Duration):
         return value
@@ -246,8 +249,11 @@ class TrainingConfig(Section):
         results = [name for metric in self.validation_metrics for name in METRIC_RESULTS[metric]]
         if self.best_metric not in results:
             raise ValueError(
-                f"best_metric '{self.best_metric}' is not among the validation results: {', '.join(results)}"
+                f"best_metric '{self.best_metric}' is not among the validation results: {', '.join(results) or 'none'}"
             )
+        for name, every in (("validate_every", self.validate_every), ("checkpoint_every", self.checkpoint_every)):
+            if every.value == 0:
+                raise ValueError(f"{name} is {every}; give at least 1 step")
         for limit, unit in ((self.max_epochs, "epochs"), (self.max_steps, "steps")):
             if limit is not None and self.lr_warmup.unit == unit and self.lr_warmup.value > limit:
                 raise ValueError(f"lr_warmup ({self.lr_warmup}) is longer than training ({limit:g} {unit}); shorten it")
@@ -280,8 +286,8 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = "runs/default"  # checkpoints, metrics.jsonl, pictures, the resolved config
-    seed: int = Field(0, ge=0)
+    output_dir: str = Field("runs/default", min_length=1)  # checkpoints, metrics.jsonl, pictures, the resolved config
+    seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     quantizer: QuantizerConfig = Field(StandardQuantizerConfig(type="standard"), discriminator="type")
@@ -348,16 +354,19 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
             )
     try:
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{source}: an override does not fit: {' '.join(str(error).split())}") from error
+    try:
         return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
         raise ValueError(f"{source}: " + "\n".join(_sentence(detail) for detail in error.errors())) from None
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{source}: an override does not fit: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back to an equal object."""
-    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def flat_config(config: Config) -> dict[str, bool | int | float | str]:

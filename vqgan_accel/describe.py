@@ -5,6 +5,7 @@ device, so describing a large recipe takes no memory.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -50,17 +51,18 @@ def describe(config: Config) -> dict[str, Any]:
 
     The perceptual network's figure is of one comparison: two images through it.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # LPIPS reads its linear heads
         tokenizer, discriminator = build_tokenizer(config), build_discriminator(config)
         image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
         tokens = torch.empty(1, config.quantizer.embedding_dim, *latent_summary(config)["latent_grid"])
-    perceptual = _perceptual_shell(config)
+        perceptual = _perceptual_shell(config)
     parameters = {"tokenizer": trainable_parameters(tokenizer), "discriminator": trainable_parameters(discriminator)}
     gflop = {
         "encoder": _gflop(tokenizer.encoder, image),
         "decoder": _gflop(tokenizer.decoder, tokens),
         "discriminator": _gflop(discriminator, image) if discriminator else 0.0,
-        "perceptual": _gflop(perceptual, image, image) if perceptual else 0.0,
+        "perceptual": _gflop(perceptual.to("meta"), image, image) if perceptual else 0.0,
     }
     return {
         "image_size": config.data.image_size,
@@ -72,18 +74,18 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _perceptual_shell(config: Config) -> nn.Module | None:
-    """The perceptual network's shapes, without its weights."""
+    """The perceptual network without its weights."""
     if config.losses.perceptual_weight == 0:
         return None
     match config.losses.perceptual_network:
         case "mobilenet_v2":
-            return MobileNetDistance().to("meta")
+            return MobileNetDistance()
         case "lpips_vgg":
-            return LPIPSDistance("vgg").to("meta")
+            return LPIPSDistance("vgg")
         case "lpips_alex":
-            return LPIPSDistance("alex").to("meta")
+            return LPIPSDistance("alex")
         case "lpips_squeeze":
-            return LPIPSDistance("squeeze").to("meta")
+            return LPIPSDistance("squeeze")
 
 
 def _gflop(module: nn.Module, *inputs: Tensor) -> float:

@@ -12,6 +12,9 @@ from vqgan_accel.config import WeightFiles
 from vqgan_accel.models.weights import PUBLISHED
 
 CORE = (
+    "numpy",
+    "pillow",
+    "safetensors",
     "torch",
     "torchvision",
     "accelerate",

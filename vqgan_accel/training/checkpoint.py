@@ -132,22 +132,17 @@ def best_exists(run: Path) -> bool:
     return (checkpoints_folder(run) / "best").is_symlink()
 
 
-def latest_intact(run: Path, say: Callable[[str], None]) -> Path | None:
+def latest_intact(run: Path, say: Callable[[str], None]) -> Path:
     """The newest checkpoint whose files match its manifest; damaged ones are named aloud and passed over.
 
-    None where the run has none; ValueError where it has some and all are damaged.
+    ValueError where all of a run's checkpoints are damaged.
     """
-    found = checkpoints(run)
-    for path in reversed(found):
+    for path in reversed(checkpoints(run)):
         fault = damage(path)
         if fault is None:
             return path
         say(f"checkpoint {path} is damaged ({fault}); going back to the one before it")
-    if found:
-        raise ValueError(
-            f"every checkpoint in {checkpoints_folder(run)} is damaged; restore one or start a new output_dir"
-        )
-    return None
+    raise ValueError(f"every checkpoint in {checkpoints_folder(run)} is damaged; restore one or start a new output_dir")
 
 
 def damage(checkpoint: Path) -> str | None:

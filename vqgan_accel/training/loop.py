@@ -41,6 +41,11 @@ def train(config: Config, resume: bool = False) -> Path:
     training diverges.
     """
     setup = set_up(config, resume)
+    with setup.tracking.bar:  # ends its line, also before an error is told
+        return run_steps(setup, config)
+
+
+def run_steps(setup: Setup, config: Config) -> Path:
     accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
     quantizer, optimizers, progress = state.tokenizer.quantizer, state.optimizers, state.progress
 

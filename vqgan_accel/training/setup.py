@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vqgan_accel.describe import build_discriminator, build_tokenizer, describe,
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import CONFIG, checkpoints
+from vqgan_accel.run_folder import CONFIG, METRICS, checkpoints, step_name
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, read_state
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import Plan, make_plan
@@ -58,6 +58,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     training_source = open_source(config.data, "train")
     validation_source = open_source(config.data, "validation")
     plan = make_plan(config, len(training_source), accelerator.num_processes)
+    checkpoint = checkpoint_to_resume(plan, resume, accelerator.print)
 
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
     model, d_model = build_tokenizer(config), build_discriminator(config)
@@ -65,7 +66,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     metrics = Metrics(
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
-    run = prepare_run_folder(accelerator, config, resume)
+    run = prepare_run_folder(accelerator, config, resuming=checkpoint is not None)
 
     average = None
     if config.training.ema_decay is not None:
@@ -81,7 +82,6 @@ def set_up(config: Config, resume: bool) -> Setup:
 
     usage = CodebookUsage(config.quantizer.num_codes, device)
     state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
-    checkpoint = latest_intact(run, accelerator.print) if resume else None
     if checkpoint is not None:
         read_state(state, checkpoint)
     show_banner(accelerator, plan, state.progress.step, checkpoint)
@@ -120,23 +120,40 @@ def set_up(config: Config, resume: bool) -> Setup:
     )
 
 
-def prepare_run_folder(accelerator: Accelerator, config: Config, resume: bool) -> Path:
-    """Create it and write the resolved config. An earlier run there is resumed or refused, never overwritten."""
-    run = Path(config.output_dir)
+def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint in output_dir, None for a new run. An earlier run there is resumed or refused."""
+    run = Path(plan.config.output_dir)
     found = checkpoints(run)
-    if found and not resume:
+    if not found:
+        return None
+    if not resume:
         raise ValueError(
-            f"output_dir {run} already holds a run, up to {found[-1].name}; add --resume to go on with it, "
-            "or give another output_dir"
+            f"output_dir {run} already holds a run, up to {found[-1].name}; add --resume to go on with it, or give "
+            "another output_dir"
         )
+    checkpoint = latest_intact(run, say)
+    if checkpoint.name > step_name(plan.total_steps):
+        raise ValueError(
+            f"{checkpoint} is past the end of training (step {plan.total_steps}); raise training.max_steps or "
+            "training.max_epochs"
+        )
+    return checkpoint
+
+
+def prepare_run_folder(accelerator: Accelerator, config: Config, resuming: bool) -> Path:
+    """Create it and write the resolved config."""
+    run = Path(config.output_dir)
     accelerator.wait_for_everyone()  # every rank has looked before one writes
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        if found:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
+        if resuming:
             for change in config_changes(load_config(run / CONFIG), config):
                 accelerator.print(f"config changed since the run began: {change}")
         else:
-            (run / "metrics.jsonl").unlink(missing_ok=True)  # of a run that never came to a checkpoint
+            (run / METRICS).unlink(missing_ok=True)  # of a run that never came to a checkpoint
         save_config(config, run / CONFIG)
     accelerator.wait_for_everyone()
     return run

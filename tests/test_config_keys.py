@@ -1,0 +1,149 @@
+"""No key of the config is silently ignored: the library reads every field of every section.
+
+Reads are recorded while tiny runs of all kinds go on. What only validates (config.py, but for batch_scale) or only
+prints (the banner) is no use of a key, and reads by tests or by pydantic do not count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import datasets
+import pytest
+import torch
+from tiny import DISCRIMINATOR, tiny_config, write_splits
+
+import vqgan_accel
+from vqgan_accel.config import Config, DataConfig, EvaluationConfig, LossConfig, Section, WeightFiles, config_keys
+from vqgan_accel.data.loading import open_source
+from vqgan_accel.evaluation.evaluate import evaluate
+from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.losses.perceptual import build_perceptual
+from vqgan_accel.training.loop import train
+
+PACKAGE = str(Path(vqgan_accel.__file__).parent)
+CONFIG_FILE = str(Path(PACKAGE) / "config.py")
+
+Read = tuple[str, str]  # class, field
+
+
+def is_use(file: str, function: str) -> bool:
+    """Whether a read there is by code that acts on what it reads."""
+    if file == CONFIG_FILE:
+        return function == "batch_scale"
+    return file.startswith(PACKAGE) and function != "show_banner"
+
+
+@contextmanager
+def recording() -> Iterator[set[Read]]:
+    """Collects which fields the package's own code reads."""
+    reads: set[Read] = set()
+    plain = Section.__getattribute__
+
+    def recorded(self: Section, name: str) -> Any:
+        value = plain(self, name)
+        caller = sys._getframe(1).f_code
+        if name in type(self).model_fields and is_use(caller.co_filename, caller.co_name):
+            reads.add((type(self).__name__, name))
+        return value
+
+    Section.__getattribute__ = recorded  # type: ignore[method-assign]
+    try:
+        yield reads
+    finally:
+        del Section.__getattribute__
+
+
+def sections(model: type[Section] = Config) -> list[type[Section]]:
+    """The config's classes: itself, its sections, and every type of quantizer."""
+    found = [model]
+    for field in model.model_fields.values():
+        annotations = [field.annotation, *get_args(field.annotation)]
+        for inner in annotations:
+            if isinstance(inner, type) and issubclass(inner, Section):
+                found += sections(inner)
+    return found
+
+
+def fields() -> set[Read]:
+    """Every field, but for those that can hold one value only: there is nothing to ignore."""
+    return {
+        (section.__name__, name)
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1)
+    }
+
+
+def train_every_kind(folder: Path) -> None:
+    """Each quantizer; discriminator, R1, accumulation, averaging, trackers, a broken image, the hub's folder reader."""
+    adversarial = {**DISCRIMINATOR, "adaptive_weight": True, "r1_weight": 1.0, "r1_every": 2, "start": "1 step"}
+    everything = {
+        "max_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "ema_decay": 0.9,
+        "max_grad_norm": 1.0,
+        "lr_decay": "3 steps",
+    }
+    tracking = {"trackers": ["tensorboard"]}
+    more = {"discriminator": adversarial, "training": everything, "tracking": tracking, "data": {"on_error": "skip"}}
+    (write_splits(folder / "standard" / "images") / "train" / "broken.png").touch()
+    for kind in ("standard", "ema", "entropy"):
+        quantizer = {"type": kind, "reinit_every_epochs": 1}
+        train(tiny_config(folder / kind, quantizer=quantizer, **(more if kind == "standard" else {})))
+    evaluate(folder / "entropy" / "run", ["evaluation.split=test"])
+    hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
+    train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
+
+
+def read_what_a_network_connection_would(folder: Path) -> None:
+    """Fields of published weights, and of data sets on the hub: up to the error that nothing is there."""
+    weights = WeightFiles(**dict.fromkeys(WeightFiles.model_fields, str(folder / "none")))
+    for network in ("lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_v2"):
+        with pytest.raises(FileNotFoundError):
+            build_perceptual(LossConfig(perceptual_network=network), weights)
+    for metric in ("lpips", "rfid", "mobilenet_distance", "fd_mobilenet"):
+        with pytest.raises(FileNotFoundError):
+            Metrics([metric], 2, EvaluationConfig(), weights, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError):
+        open_source(DataConfig(backend="hub", path="nobody/nothing", subset="a", revision="b"), "train")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_the_library_reads_every_field_of_the_config(tmp_path, offline):
+    with recording() as reads:
+        train_every_kind(tmp_path)
+        read_what_a_network_connection_would(tmp_path)
+    unread = sorted(f"{section}.{name}" for section, name in fields() - reads)
+    assert not unread, f"set by users and read by nothing: {', '.join(unread)}"
+
+
+def test_every_key_that_a_user_can_write_is_among_those_fields():
+    names = {name for section in sections() for name in section.model_fields}
+    assert {key.rsplit(".", 1)[-1] for key in config_keys()} == names
+    classes = [value for value in vars(vqgan_accel.config).values() if isinstance(value, type)]
+    assert set(sections()) == {c for c in classes if issubclass(c, Section) and not c.__subclasses__()}
+
+
+def test_reads_by_tests_checks_and_pydantic_do_not_count():
+    minimal = {"training": {"max_steps": 1}}
+    with recording() as reads:
+        config = Config.model_validate(minimal)
+        assert config.training.max_steps == 1
+        config.model_dump(mode="json")
+        assert config == Config.model_validate(minimal)
+    assert reads == set()
+    with recording() as reads, pytest.raises(ValueError, match=r"data\.path"):
+        open_source(config.data, "train")
+    assert reads == {("DataConfig", "path")}
+    assert "__getattribute__" not in vars(Section)
