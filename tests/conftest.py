@@ -1,4 +1,4 @@
-"""One thread: on networks this small more gain nothing, and waiting for each other costs far more where cores are shared."""
+"""One thread: on networks this small more gain nothing, and waiting costs far more where cores are shared."""
 
 import os
 

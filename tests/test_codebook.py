@@ -264,6 +264,9 @@ def quantizer_with_dead_codes(name: str, latents: Tensor) -> tuple[CodebookQuant
     output = quantizer(latents.clone().requires_grad_())
     torch.autograd.backward(output.loss)
     optimizer.step()
+    for parameter in quantizer.parameters():  # what is left of a time when all codes were in use
+        optimizer.state[parameter]["exp_avg"] += 1
+        optimizer.state[parameter]["exp_avg_sq"] += 1
     quantizer.apply_update()
     usage = CodebookUsage(K, torch.device("cpu"))
     usage.add(output.codes)
@@ -284,8 +287,9 @@ def test_codes_revived_from_latents_are_chosen_for_the_latents_that_they_came_fr
     codes = quantizer.eval()(latents).codes.flatten()
     assert codes[sources.indices].tolist() == list(range(4, K))
     for parameter in quantizer.parameters():
-        assert not optimizer.state[parameter]["exp_avg"][4:].any()
-        assert optimizer.state[parameter]["exp_avg"][:4].any()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[parameter][moment][4:].any()
+            assert optimizer.state[parameter][moment][:4].all()
 
 
 @each_codebook

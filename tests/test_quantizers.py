@@ -126,6 +126,11 @@ def test_gumbel_logits_kl_loss_and_most_likely_codes_equal_the_golden_numbers(va
 def test_nearest_codes_are_the_argmin_of_float64_distances_however_the_tokens_are_split(
     max_distances: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    blocks: list[Tensor] = []
+    partial_distances = base.partial_distances
+    monkeypatch.setattr(
+        base, "partial_distances", lambda *operands: blocks.append(partial_distances(*operands)) or blocks[-1]
+    )
     if max_distances is not None:
         monkeypatch.setattr(base, "MAX_DISTANCES", max_distances)
     torch.manual_seed(0)
@@ -135,6 +140,9 @@ def test_nearest_codes_are_the_argmin_of_float64_distances_however_the_tokens_ar
     assert codes.shape == (3, 5, 4) and codes.dtype == torch.int64
     assert torch.equal(codes.flatten(), distances.argmin(1))
     assert len(codes.unique()) > K / 2
+    tokens_per_block = {None: 60, 7 * K: 7, 1: 1}[max_distances]
+    assert len(blocks) == math.ceil(60 / tokens_per_block)
+    assert max(block.numel() for block in blocks) == tokens_per_block * K
 
 
 def test_nearest_codes_are_right_for_a_new_codebook_far_smaller_than_the_latents() -> None:
@@ -341,6 +349,15 @@ def test_reinitialised_codes_have_their_new_vectors_and_the_others_keep_theirs(n
     # Exactly its own vector: nothing is nearer.
     own = quantizer.codebook_vectors()[codes].detach().T[None, :, :, None]
     assert torch.equal(quantizer.eval()(own).codes.flatten(), codes)
+
+
+def test_a_reinitialised_ema_code_has_its_vector_however_strong_the_smoothing() -> None:
+    quantizer = EMAQuantizer(K, D, 0.25, DECAY, epsilon=0.5)
+    quantizer(random_latents(quantizer, batch=40))  # 320 tokens for 32 codes
+    quantizer.apply_update()
+    codes, vectors = torch.tensor([3, 0, 17]), torch.randn(3, D)
+    quantizer.reinitialise(codes, vectors)
+    assert relative_error(quantizer.codebook_vectors()[codes], vectors) <= 1e-6
 
 
 def test_the_next_steps_do_not_undo_a_reinitialised_ema_code() -> None:

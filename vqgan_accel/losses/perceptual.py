@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v2
 
 from vqgan_accel.config import LossConfig, WeightFiles
+from vqgan_accel.models.precision import without_autocast
 from vqgan_accel.models.tokenizer import IMAGENET_MEAN, IMAGENET_STD
-from vqgan_accel.models.weights import fit_state, freeze, load_published
+from vqgan_accel.models.weights import FixedModule, fit_state, freeze, load_published
 
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}  # lpips' name -> ours and torchvision's
 MOBILENET_TAPS = (1, 3, 6, 13, 17)  # the last block at each of MobileNetV2's five resolutions
@@ -47,7 +48,7 @@ def load_lpips(network: Literal["vgg", "alex", "squeeze"], weights: WeightFiles)
     return distance
 
 
-class LPIPSDistance(nn.Module):
+class LPIPSDistance(FixedModule):
     """(B, 3, H, W) x 2 in [-1, 1] -> (B,); as built here the backbone is random, see `load_lpips`."""
 
     def __init__(self, network: Literal["vgg", "alex", "squeeze"]) -> None:
@@ -58,7 +59,14 @@ class LPIPSDistance(nn.Module):
         freeze(self)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        return self.lpips(reconstruction, images).flatten()
+        network = self.lpips
+        a, b = (network.net(network.scaling_layer(x)) for x in (reconstruction, images))
+        distance = torch.zeros(len(images), device=images.device)
+        with without_autocast(images):  # the package's own sum, but float32 from the features on
+            for head, x, y in zip(network.lins, a, b, strict=True):
+                difference = lpips.normalize_tensor(x.float()) - lpips.normalize_tensor(y.float())
+                distance = distance + head(difference.square()).mean((1, 2, 3))
+        return distance
 
 
 def fit_backbone(net: nn.Module, published: dict[str, Tensor], setting: str, file: str | None) -> None:
@@ -72,7 +80,7 @@ def fit_backbone(net: nn.Module, published: dict[str, Tensor], setting: str, fil
     fit_state(net, state, setting, file)
 
 
-class MobileNetFeatures(nn.Module):
+class MobileNetFeatures(FixedModule):
     """torchvision's MobileNetV2 up to its last convolution, for images in [-1, 1]."""
 
     mean: Tensor
@@ -104,7 +112,7 @@ class MobileNetFeatures(nn.Module):
         return self.features((images - self.mean) / self.std).mean((2, 3))
 
 
-class MobileNetDistance(nn.Module):
+class MobileNetDistance(FixedModule):
     """MobileNetV2 feature distance: (B, 3, H, W) x 2 in [-1, 1] -> (B,).
 
     Features are normalised to unit length along the channels; squared differences are summed over channels, averaged
@@ -120,9 +128,6 @@ class MobileNetDistance(nn.Module):
         distance = cls()
         distance.network.load_published(file)
         return distance
-
-    def train(self, mode: bool = True) -> MobileNetDistance:
-        return super().train(False)  # batch statistics must never be used or updated
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         distance = torch.zeros(len(images), device=images.device)

@@ -75,7 +75,7 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64"""
-        return self.quantizer(self.latents(images)).codes
+        return self.quantizer.choose(self.latents(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -110,11 +110,11 @@ class ImageTokenizer(nn.Module):
             tokenizer = cls(TokenizerConfig.model_validate(values))
         except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise ValueError(
-                f"{folder / 'config.json'} is not a tokenizer's config: {' '.join(str(error).split())}"
+                f"{folder / 'config.json'} is not a tokenizer's config: {' '.join(str(error).split())[:300]}"
             ) from None
         try:
             tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {reason}") from None
         return tokenizer.eval()

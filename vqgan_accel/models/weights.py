@@ -4,12 +4,11 @@ way."""
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
+from typing import Self
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as tv
@@ -48,7 +47,7 @@ def load_state(file: Path, setting: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # on a file of something else the readers raise nearly every type there is
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"{setting}: {file} is not a file of weights that can be read safely ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -75,6 +74,13 @@ def state_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class FixedModule(nn.Module):
+    """Never leaves eval mode: no dropout, no batch statistics."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
 
 def freeze(module: nn.Module) -> nn.Module:

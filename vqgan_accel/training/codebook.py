@@ -92,9 +92,10 @@ def draw_used_codes(codebook: Tensor, counts: Tensor, number: int, generator: to
         return codebook[:0]
     chosen = torch.multinomial(counts.cpu().double(), number, replacement=True, generator=generator)
     vectors = codebook[chosen.to(codebook.device)]
-    spread = codebook[counts > 0].std(0, correction=0)  # (D,)
+    spread = codebook[counts > 0].std(0, correction=0)  # (D,); 0 where a single code is left in use
+    spread = torch.maximum(spread, PERTURBATION * vectors.abs().mean()).clamp_min(1e-6)
     noise = torch.randn(vectors.shape, generator=generator).to(codebook.device)
-    return vectors + PERTURBATION * spread.clamp_min(1e-6) * noise
+    return vectors + PERTURBATION * spread * noise
 
 
 def forget_moments(quantizer: CodebookQuantizer, optimizer: Optimizer, codes: Tensor) -> None:

@@ -35,6 +35,14 @@ class Quantizer(nn.Module):
         with without_autocast(latents):
             return self.quantize(latents.float(), sample_seeds)
 
+    def choose(self, latents: Tensor) -> Tensor:
+        """latents (B, input_channels, h, w) -> the code of each position (B, h, w), without noise or side effects."""
+        with without_autocast(latents):
+            return self.choose_float(latents.float())
+
+    def choose_float(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
         raise NotImplementedError
 
@@ -59,6 +67,9 @@ class CodebookQuantizer(Quantizer):
     def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
         """Give `codes` (n,) the new `vectors` (n, D)."""
         raise NotImplementedError
+
+    def choose_float(self, latents: Tensor) -> Tensor:
+        return nearest_codes(latents, self.codebook_vectors())
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         return gather_codes(self.codebook_vectors(), codes)

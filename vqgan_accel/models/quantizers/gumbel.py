@@ -44,6 +44,9 @@ class GumbelQuantizer(Quantizer):
             quantized = gather_codes(self.codebook, codes)
         return QuantizerOutput(quantized, codes, self.kl_cost * kl, {"kl_loss": kl.detach()})
 
+    def choose_float(self, latents: Tensor) -> Tensor:
+        return self.x_to_logits(latents).argmax(1)
+
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         return gather_codes(self.codebook, codes)
 
@@ -53,7 +56,7 @@ def gumbel_noise(like: Tensor, sample_seeds: Tensor | None) -> Tensor:
 
     Without seeds it comes from torch's global random state.
     """
-    exponential = torch.empty_like(like)
+    exponential = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # whatever `like`'s memory format
     if sample_seeds is None:
         exponential.exponential_()
     else:
