@@ -43,10 +43,6 @@ RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage
 CPU = torch.device("cpu")
 
 
-def known_fault(raises: type[Exception], reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=raises, reason=reason)
-
-
 def overrides(data: Path, *more: str, metrics: tuple[Metric, ...] = METRICS, batch_size: int = 2) -> list[str]:
     settings = [f"data.path={data}", "data.workers=0", f"evaluation.batch_size={batch_size}"]
     return [*settings, f"evaluation.metrics=[{','.join(metrics)}]", *more]
@@ -147,7 +143,6 @@ def test_without_a_run_the_data_must_be_named(saved: Path) -> None:
         evaluate(saved, [])
 
 
-@known_fault(OverflowError, "the sum of a batch's pixel hashes outgrows int64")
 @pytest.mark.parametrize("batch_size", [3, 7, 32])
 def test_results_and_fingerprint_do_not_depend_on_the_batch_size(
     batch_size: int, saved: Path, seven: Path, here: Path
@@ -159,7 +154,6 @@ def test_results_and_fingerprint_do_not_depend_on_the_batch_size(
     assert report["fingerprint"] == expected["fingerprint"]
 
 
-@known_fault(ValueError, "the default autoencoder's stride of 16 is asked for")
 def test_a_saved_tokenizer_is_measured_at_its_own_image_size(tmp_path: Path, seven: Path, here: Path) -> None:
     tiny_tokenizer(STANDARD, image_size=20).save_pretrained(tmp_path / "tokenizer")  # its stride is 4
     assert evaluate(tmp_path / "tokenizer", overrides(seven), here)["protocol"]["image_size"] == 20
@@ -167,7 +161,7 @@ def test_a_saved_tokenizer_is_measured_at_its_own_image_size(tmp_path: Path, sev
 
 def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path: Path, seven: Path) -> None:
     tiny_tokenizer(STANDARD, image_size=32, channel_multipliers=(1,) * 5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.image_size 16 .*stride 32"):
+    with pytest.raises(ValueError, match=r"data\.image_size 16 .*32, the stride"):
         evaluate(tmp_path, overrides(seven, "data.image_size=16"))
 
 
@@ -422,7 +416,7 @@ def test_a_broken_image_is_left_out_and_counted_where_the_config_says_so(
     report = evaluate(saved, overrides(data, "data.on_error=skip"), here)
     assert (report["protocol"]["num_images"], report["skipped_images"]) == (6, 1)
     assert expected["skipped_images"] == 0
-    assert report["results"] == pytest.approx(expected["results"], rel=1e-6)
+    assert report["results"] == pytest.approx(expected["results"], rel=1e-6, abs=1e-7)
     assert report["fingerprint"] == expected["fingerprint"]
     assert "  1 unreadable images were left out" in capsys.readouterr().out.splitlines()
 
@@ -433,7 +427,6 @@ def test_a_broken_image_stops_the_evaluation_by_default(broken: tuple[Path, Path
     assert not (here / "metrics.json").exists()
 
 
-@known_fault(AssertionError, "a skipped image is a grey pair, the last real one is cut")
 def test_a_broken_image_leaves_no_hole_in_the_grid(broken: tuple[Path, Path], saved: Path, here: Path) -> None:
     data, without = broken
     evaluate(saved, overrides(without), here / "without")
@@ -450,12 +443,11 @@ def random_mobilenet(folder: Path) -> str:
 def test_a_frechet_distance_of_one_image_is_refused(saved: Path, tmp_path: Path, here: Path) -> None:
     write_images(tmp_path / "data" / "validation", 1)
     settings = overrides(tmp_path / "data", random_mobilenet(tmp_path), metrics=("psnr", "fd_mobilenet"))
-    with pytest.raises(ValueError, match="a Frechet distance needs at least 2 images and validation has 1"):
+    with pytest.raises(ValueError, match="a Frechet distance needs at least 2 images and the split has 1"):
         evaluate(saved, settings, here)
     assert not here.exists()
 
 
-@known_fault(RuntimeError, "only files are counted; torchmetrics' RuntimeError comes late")
 def test_a_frechet_distance_of_one_readable_image_is_refused(saved: Path, tmp_path: Path, here: Path) -> None:
     write_images(tmp_path / "data" / "validation", 1)
     (tmp_path / "data" / "validation" / "broken.png").touch()
@@ -464,7 +456,6 @@ def test_a_frechet_distance_of_one_readable_image_is_refused(saved: Path, tmp_pa
         evaluate(saved, overrides(tmp_path / "data", *settings, metrics=("fd_mobilenet",)), here)
 
 
-@known_fault(RuntimeError, "the first validation stops the run after an epoch of training")
 def test_training_refuses_to_validate_a_frechet_distance_on_one_image_before_it_begins(tmp_path: Path) -> None:
     write_images(tmp_path / "images" / "train", 4)
     write_images(tmp_path / "images" / "validation", 1)

@@ -44,10 +44,6 @@ NO_FILES = WeightFiles()
 SQUEEZE = EvaluationConfig(lpips_network="squeeze")
 
 
-def known_fault(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
 def random_uint8(number: int, size: int = 16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (number, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -146,7 +142,6 @@ def test_a_constant_error_has_its_closed_form() -> None:
     assert results["psnr_per_image"] == pytest.approx(-10 * sum(map(math.log10, mse)) / 3, rel=1e-7)
 
 
-@known_fault("MeanMetric.to(device) undoes set_dtype: values are rounded before the sum")
 def test_an_images_value_enters_the_sums_in_float64() -> None:
     images = torch.zeros(1, 3, 16, 16)
     result = measure(build("psnr"), images, images + 0.5)["psnr_per_image"]
@@ -191,14 +186,12 @@ def test_ssim_is_scikit_images_over_every_pixel_with_mirrored_borders(size: int)
     assert result == pytest.approx(np.mean(own_borders), abs=5e-3)  # borders repeated from the edge pixel on
 
 
-@known_fault("in float32 E[x^2] - E[x]^2 cancels: flat images are 1e-4 off")
 def test_ssim_of_flat_images_has_its_closed_form() -> None:
     a, b = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.51)
     expected = (2 * 0.5 * 0.51 + 1e-4) / (0.5**2 + 0.51**2 + 1e-4)
     assert measure(build("ssim"), a * 2 - 1, b * 2 - 1)["ssim"] == pytest.approx(expected, abs=1e-5)
 
 
-@known_fault("torchmetrics' MeanMetric leaves nan out of the mean, with a warning")
 @pytest.mark.filterwarnings("ignore:Encountered `nan`")
 @pytest.mark.parametrize("name", ["l2", "psnr", "ssim"])
 def test_an_image_whose_reconstruction_is_not_a_number_is_not_left_out_of_the_mean(name: Metric) -> None:
@@ -481,7 +474,6 @@ def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
         np.testing.assert_allclose(covariance.numpy(), np.cov(rows, rowvar=False), atol=1e-5 * rows.var())
 
 
-@known_fault("torchmetrics resizes otherwise (antialias=True) than the original network")
 def test_rfid_sees_images_as_torch_fidelity_does(inception_file: Path, quick_inception: None) -> None:
     theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))
     images = (F.interpolate(torch.rand(1, 3, 8, 8), (64, 64), mode="bilinear") * 255).byte()
@@ -532,7 +524,6 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-@known_fault("torch-fidelity reads its file with weights_only=False: the pickle is executed")
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 def test_a_pickle_that_executes_code_is_refused_and_not_executed(
@@ -569,7 +560,6 @@ def test_without_a_network_the_sentence_says_where_to_give_the_file(
     assert "weights.inception=FILE" in sentence and "'rfid'" in sentence and str(failure) in sentence
 
 
-@known_fault("pt_inception-2015-12-05 is pytorch-fid's; torch-fidelity's has another name")
 def test_without_a_network_the_sentence_names_the_file_that_torch_fidelity_publishes(
     monkeypatch: pytest.MonkeyPatch, quick_inception: None
 ) -> None:

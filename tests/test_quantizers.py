@@ -470,9 +470,6 @@ def test_equal_seeds_give_equal_noise_and_different_seeds_different_noise() -> N
         gumbel_noise(torch.empty(3, 5, 4, 2), torch.tensor([7, 8]))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="empty_like keeps channels_last, which the generator then fills in another order"
-)
 def test_noise_does_not_depend_on_the_memory_format() -> None:
     like = torch.empty(2, 5, 4, 2)
     channels_last = like.to(memory_format=torch.channels_last)

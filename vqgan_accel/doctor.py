@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.models.weights import PUBLISHED
@@ -36,7 +37,6 @@ USES = {
     "mobilenet_v2": "the MobileNetV2 feature distance and FD-MobileNetV2",
     "inception": "rFID",
 }
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name of its download
 
 
 def doctor_lines(weights: WeightFiles) -> list[str]:
@@ -80,7 +80,7 @@ def _bf16() -> str:
 def _weights(name: str, file: str | None, use: str) -> str:
     if file is not None:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
-    published = INCEPTION_FILE if name == "inception" else Path(PUBLISHED[name].url).name
+    published = Path(URL_INCEPTION_V3 if name == "inception" else PUBLISHED[name].url).name
     cached = Path(torch.hub.get_dir()) / "checkpoints" / published
     if cached.is_file():
         return f"cached in {cached}"

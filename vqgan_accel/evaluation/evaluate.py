@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,8 @@ def evaluate_tokenizer(
     tokenizer.eval()
     metrics.reset()
     shown = torch.zeros(2, grid_images, 3, image_size, image_size)  # filled by whichever process holds the image
-    counted = torch.zeros(3, dtype=torch.int64)  # images, skipped images, sum of pixel hashes (wrapping around)
+    held = torch.zeros(grid_images)  # 1 where one does: an unreadable image leaves no hole
+    counted = torch.zeros(3, dtype=torch.int64)  # images, skipped images, sum of pixel hashes
     for batch in batches:
         images = to_float(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W); B may be 0
         counted += torch.tensor([len(images), batch["skipped"], 0])
@@ -69,21 +71,24 @@ def evaluate_tokenizer(
         for row, position in enumerate(batch["index"].tolist()):
             if position < grid_images:
                 shown[0, position], shown[1, position] = images[row].cpu(), reconstructions[row].cpu()
+                held[position] = 1
         if hash_pixels:
             counted[2] += sum(pixel_hash(image) for image in batch["image"])
     tokenizer.train(was_training)
     num_images, skipped, pixels = sum_over_processes(counted.to(device)).tolist()
     if num_images == 0:
         raise ValueError("not one image of the split could be read: there is nothing to evaluate")
-    shown = sum_over_processes(shown.to(device)).cpu()[:, :num_images]
+    metrics.require(num_images)
+    shown = sum_over_processes(shown.to(device)).cpu()[:, sum_over_processes(held.to(device)).cpu() > 0]
     return Evaluation(
-        metrics.compute(), num_images, skipped, metrics.code_counts(), shown[0], shown[1], f"{pixels % 2**64:016x}"
+        metrics.compute(), num_images, skipped, metrics.code_counts(), shown[0], shown[1], f"{pixels:016x}"
     )
 
 
 def pixel_hash(image: Tensor) -> int:
-    """uint8 (3, H, W) -> 63 bits of sha256. Sums of them identify a set of images whatever its order."""
-    return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:8], "little") >> 1
+    """uint8 (3, H, W) -> 40 bits of sha256. Their sum identifies a set of images whatever its order, and the sum of
+    eight million of them fits in int64."""
+    return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:5], "little")
 
 
 def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
@@ -100,10 +105,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
-    if {"rfid", "fd_mobilenet"} & set(settings.metrics) and len(source) < 2:
-        raise ValueError(
-            f"a Frechet distance needs at least 2 images and {settings.split} has {len(source)}; leave it out"
-        )
+    metrics.require(len(source))
     output = output or (config_file.parent if config_file else folder) / "evaluation" / settings.split
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,9 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     evaluation = evaluate_tokenizer(
         tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
     )
+    bad = [name for name, value in evaluation.results.items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(f"{', '.join(bad)} came out as nan or infinite: {folder} does not give finite reconstructions")
     report: dict[str, Any] = {
         "results": evaluation.results,
         "checkpoint": str(folder),
@@ -144,7 +149,8 @@ def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overr
     if config_file is not None:
         config = load_config(config_file, overrides)
     else:
-        values = {"data": {"image_size": tokenizer.config.image_size}, "training": {"max_steps": 1}}
+        own = tokenizer.config.model_dump(mode="json", include={"autoencoder", "quantizer"})
+        values = {"data": {"image_size": tokenizer.config.image_size}, "training": {"max_steps": 1}, **own}
         config = parse_config(values, overrides)
     if config.data.image_size % tokenizer.config.autoencoder.stride:
         raise ValueError(

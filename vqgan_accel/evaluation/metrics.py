@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics import MeanMetric
 from torchmetrics import Metric as TorchMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -21,7 +22,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
-from vqgan_accel.models.weights import state_hash
+from vqgan_accel.models.weights import load_state, state_hash
 
 PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
 MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
@@ -88,16 +89,19 @@ class Metrics:
         for name in self.names:
             match name:
                 case "l2":
-                    self.parts[name] = MeanMetric()
+                    self.parts[name] = mean_metric()
                 case "psnr":
-                    self.parts |= {"l2": MeanMetric(), "psnr_per_image": MeanMetric()}
+                    self.parts |= {
+                        "l2": mean_metric(),
+                        "psnr_per_image": mean_metric(),
+                    }
                 case "ssim":
-                    self.parts[name] = MeanMetric()
+                    self.parts[name] = mean_metric()
                 case "lpips":
-                    self.parts[name] = MeanMetric()
+                    self.parts[name] = mean_metric()
                     self.networks[name] = load_lpips(config.lpips_network, weights)
                 case "mobilenet_distance":
-                    self.parts[name] = MeanMetric()
+                    self.parts[name] = mean_metric()
                     self.networks[name] = MobileNetDistance.published(weights.mobilenet_v2)
                 case "rfid":
                     self.parts[name] = inception_frechet(weights.inception)
@@ -106,11 +110,11 @@ class Metrics:
                     self.parts[name] = FrechetInceptionDistance(MobileNetFrechetFeatures(weights.mobilenet_v2))
                     self.networks[name] = self.parts[name].inception
         for part in self.parts.values():
+            part.to(device)
             if isinstance(part, MeanMetric):
-                part.set_dtype(torch.float64)  # sums of many images
+                part.set_dtype(torch.float64)  # sums of many images; `to` would undo it
             if isinstance(part, FrechetInceptionDistance):
                 part.orig_dtype = torch.float32  # which a process that saw no image would miss
-            part.to(device)
         for network in self.networks.values():
             network.to(device)
 
@@ -128,7 +132,7 @@ class Metrics:
         if "psnr_per_image" in self.parts:
             self.parts["psnr_per_image"].update(psnr(mse))
         if "ssim" in self.parts:
-            ssim = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+            ssim = structural_similarity_index_measure(y.double(), x.double(), data_range=1.0, reduction="none")
             self.parts["ssim"].update(ssim)
         for name in ("lpips", "mobilenet_distance"):
             if name in self.parts:
@@ -160,12 +164,25 @@ class Metrics:
         """(K,) int64 over all processes; every rank calls it."""
         return self.parts["codebook"].compute()
 
+    def require(self, num_images: int) -> None:
+        """ValueError where the metrics cannot be formed on so few images."""
+        if num_images < 2 and {"rfid", "fd_mobilenet"} & set(self.names):
+            raise ValueError(
+                f"a Frechet distance needs at least 2 images and the split has {num_images} that can be read; leave "
+                "rfid and fd_mobilenet out of the metrics"
+            )
+
     def reset(self) -> None:
         for part in self.parts.values():
             part.reset()
 
     def network_hashes(self) -> dict[str, str]:
         return {name: state_hash(network) for name, network in self.networks.items()}
+
+
+def mean_metric() -> MeanMetric:
+    """A mean that a nan spoils, rather than one that leaves it out."""
+    return MeanMetric(nan_strategy="disable")
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -175,17 +192,17 @@ def psnr(mse: Tensor) -> Tensor:
 
 def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
     """FID's own metric over the Inception network of the original TensorFlow code (torch-fidelity's port)."""
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"weights.inception: there is no file {weights}")
+    if weights is not None:
+        load_state(Path(weights), "weights.inception")  # torch-fidelity itself would execute what a pickle asks for
     try:
-        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights)
+        # antialias=False is the resize of the original code (TensorFlow 1's), which published numbers are made with
+        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights, antialias=False)
     except (URLError, OSError) as error:
         raise ValueError(
-            f"FID's Inception weights could not be downloaded ({error}); fetch torch-fidelity's "
-            "pt_inception-2015-12-05 file elsewhere and give its path as weights.inception=FILE, or leave "
-            "'rfid' out of the metrics"
+            f"FID's Inception weights could not be downloaded from {URL_INCEPTION_V3} ({error}); fetch that file "
+            "elsewhere and give its path as weights.inception=FILE, or leave 'rfid' out of the metrics"
         ) from None
-    except Exception as error:  # torch.load and load_state_dict fail in many ways on a file of something else
+    except (RuntimeError, KeyError) as error:
         if weights is None:
             raise
         reason = " ".join(str(error).split())[:200]

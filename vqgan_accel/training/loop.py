@@ -212,7 +212,7 @@ def validate(setup: Setup) -> bool:
         setup.tracking.picture(step, "validation", grid)
     value = evaluation.results[training.best_metric]
     sign = -1 if training.best_metric in LOWER_IS_BETTER else 1
-    is_best = state.progress.best is None or sign * value > sign * state.progress.best
+    is_best = math.isfinite(value) and (state.progress.best is None or sign * value > sign * state.progress.best)
     if is_best:
         state.progress.best = value
     return is_best

@@ -66,6 +66,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     metrics = Metrics(
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
+    metrics.require(len(validation_source))
     run = prepare_run_folder(accelerator, config, resuming=checkpoint is not None)
 
     average = None
