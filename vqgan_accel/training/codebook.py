@@ -93,7 +93,7 @@ def draw_used_codes(codebook: Tensor, counts: Tensor, number: int, generator: to
     chosen = torch.multinomial(counts.cpu().double(), number, replacement=True, generator=generator)
     vectors = codebook[chosen.to(codebook.device)]
     spread = codebook[counts > 0].std(0, correction=0)  # (D,); 0 where a single code is left in use
-    spread = torch.maximum(spread, PERTURBATION * vectors.abs().mean()).clamp_min(1e-6)
+    spread = torch.where(spread > 0, spread, PERTURBATION * vectors.abs().mean().clamp_min(1e-6))
     noise = torch.randn(vectors.shape, generator=generator).to(codebook.device)
     return vectors + PERTURBATION * spread * noise
 
