@@ -375,6 +375,14 @@ def test_the_learning_rate_scales_with_the_batch_as_its_key_says(scaling, factor
     assert batch_scale(training) == factor
 
 
+def test_an_unquoted_no_is_the_precision_and_not_a_boolean(tmp_path):
+    (tmp_path / "c.yaml").write_text("training: {max_steps: 1, mixed_precision: no}")
+    assert load_config(tmp_path / "c.yaml").training.mixed_precision == "no"
+    assert load_config(tmp_path / "c.yaml", ["training.mixed_precision=no"]).training.mixed_precision == "no"
+    save_config(load_config(tmp_path / "c.yaml"), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").training.mixed_precision == "no"
+
+
 # ---- durations
 
 

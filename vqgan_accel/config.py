@@ -59,6 +59,13 @@ def _parse_duration(value: object) -> object:
 DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
 
 
+def _yaml_no(value: object) -> object:
+    return "no" if value is False else value  # YAML 1.1 reads an unquoted no as false
+
+
+PrecisionField = Annotated[Literal["auto", "no", "bf16"], BeforeValidator(_yaml_no)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -214,7 +221,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1)  # optimizer steps
     total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
     gradient_accumulation_steps: int = Field(1, ge=1)
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: what `accelerate launch` says, else no
+    mixed_precision: PrecisionField = "auto"  # auto: what `accelerate launch` says, else no
     base_lr: float = Field(1e-4, gt=0)  # learning rate of both networks at base_batch_size
     base_batch_size: int = Field(256, ge=1)
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"  # lr = base_lr * f(total_batch_size / base_batch_size)

@@ -61,9 +61,8 @@ def generator_backward(
         total = total + weight * gen_loss.detach()
         parts |= {"generator": gen_loss.detach(), "adversarial_weight": weight}
 
-    surrogate = (
-        output.reconstruction * gradient
-    ).sum()  # its gradient is the weighted losses', its value means nothing
+    # A scalar whose gradient is that of the weighted losses; its value means nothing.
+    surrogate = (output.reconstruction * gradient).sum()
     accelerator.backward(surrogate + output.quantizer.loss)
     return GeneratorStep(
         leaf.detach(), output.quantizer.codes, output.latents, {"total": total, **parts, **output.quantizer.metrics}
