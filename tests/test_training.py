@@ -136,6 +136,15 @@ def test_the_newest_checkpoints_and_the_best_are_kept_and_the_links_lead_to_them
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
 
 
+def test_a_checkpoint_is_never_pruned_for_a_damaged_later_one(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text(folder.name)
+
+    save_checkpoint(tmp_path, 6, write, keep=1, best=False)  # damaged, say; the run went back to before it
+    save_checkpoint(tmp_path, 4, write, keep=1, best=False)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004"]
+
+
 def test_a_failure_while_saving_leaves_the_older_checkpoints_as_they_were(tmp_path):
     save_checkpoint(tmp_path, 1, lambda folder: (folder / "weights").write_text("1"), keep=1, best=True)
 

@@ -121,15 +121,14 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
     _point(folder / "latest", final.name)
     if best:
         _point(folder / "best", final.name)
-    kept = {path.name for path in checkpoints(run)[-keep:]} | {os.readlink(folder / "best") if best_exists(run) else ""}
+    # Later steps than this one can only be damaged checkpoints that the run was resumed before: they go too.
+    kept = {path.name for path in [path for path in checkpoints(run) if path.name <= final.name][-keep:]}
+    if (folder / "best").is_symlink():
+        kept.add(os.readlink(folder / "best"))
     for path in checkpoints(run):
         if path.name not in kept:
             shutil.rmtree(path)
     return final
-
-
-def best_exists(run: Path) -> bool:
-    return (checkpoints_folder(run) / "best").is_symlink()
 
 
 def latest_intact(run: Path, say: Callable[[str], None]) -> Path:
