@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from helpers import tiny_tokenizer
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.metrics import structural_similarity
 from tiny import SIZE, tiny_config, write_images
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import main as torchrun
 from torchvision import models as tv
 
@@ -605,33 +605,40 @@ def assert_same_report(report: dict[str, Any], one: dict[str, Any]) -> None:
 Arguments = tuple[Path, list[str], Path]  # of evaluate()
 
 
-def evaluate_in_turn(calls: list[Arguments]) -> tuple[int, str, list[dict[str, Any]]]:
-    """What one of several processes runs: the number of them, their backend, its reports."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the fork inherited is of one process
-    GradientState._reset_state()
-    reports = [evaluate(*call) for call in calls]
-    assert dist.is_initialized()
-    return dist.get_world_size(), dist.get_backend(), reports
+TURNS = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+import vqgan_accel.evaluation.metrics as metrics
+from test_evaluation import SmallFeatures
+from vqgan_accel.evaluation.evaluate import evaluate
+metrics.MobileNetFrechetFeatures = SmallFeatures
+folder = Path(sys.argv[1])
+calls = json.loads((folder / "calls.json").read_text())
+reports = [evaluate(Path(path), settings, Path(output)) for path, settings, output in calls]
+told = {"rank": dist.get_rank(), "size": dist.get_world_size(), "backend": dist.get_backend(), "reports": reports}
+(folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
+"""
 
 
-def launched(number: int, calls: list[Arguments]) -> list[list[dict[str, Any]]]:
-    """Each process's reports. torchrun's own launcher, which here forks so that nobody imports torch again."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=number,
-        run_id="tests",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-        max_restarts=0,
-        monitor_interval=0.1,
+def launched(number: int, calls: list[Arguments], folder: Path) -> list[list[dict[str, Any]]]:
+    """Each process's reports of all calls."""
+    (folder / "turns.py").write_text(TURNS)
+    (folder / "calls.json").write_text(json.dumps([[str(path), s, str(output)] for path, s, output in calls]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [*command, str(folder / "turns.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
-    with unchanged_signals():
-        returned = elastic_launch(config, evaluate_in_turn)(calls)
-    assert sorted(returned) == list(range(number))
-    assert {(size, backend) for size, backend, _ in returned.values()} == {(number, "gloo")}
-    return [reports for _, _, reports in returned.values()]
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(number)]
+    assert [(t["rank"], t["size"], t["backend"]) for t in told] == [(rank, number, "gloo") for rank in range(number)]
+    return [t["reports"] for t in told]
 
 
 ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet")
@@ -655,7 +662,7 @@ def three(
         overrides(seven, "evaluation.grid_images=0", metrics=ALL),
     ]
     calls = [(saved, values, folder / f"case {index}") for index, values in enumerate(settings)]
-    by_rank = launched(3, calls)
+    by_rank = launched(3, calls, folder)
     return {case: (calls[i], [rank[i] for rank in by_rank]) for i, case in enumerate(CASES)}
 
 
