@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Train and evaluate a small VQ-GAN on real photographs, on a CPU in a few minutes.
 #   bash launch/demo.sh [key=value ...]        overrides of configs/demo.yaml
 set -euo pipefail

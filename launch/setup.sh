@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Make a virtual environment with the tested versions and this checkout in it.
 #   bash launch/setup.sh FOLDER [EXTRA[,EXTRA...]]        such as: bash launch/setup.sh .venv dev
 set -euo pipefail

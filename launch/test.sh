@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Lint, types and the whole test suite.
 #   bash launch/test.sh [pytest arguments]        VENV=FOLDER says where the environment goes (default .venv-test)
 set -euo pipefail
