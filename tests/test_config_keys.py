@@ -89,7 +89,7 @@ def train_every_kind(folder: Path) -> None:
         "max_grad_norm": 1.0,
         "lr_decay": "3 steps",
     }
-    tracking = {"trackers": ["tensorboard"]}
+    tracking = {"trackers": ["tensorboard", "wandb"], "wandb_mode": "offline"}
     more = {"discriminator": adversarial, "training": everything, "tracking": tracking, "data": {"on_error": "skip"}}
     (write_splits(folder / "standard" / "images") / "train" / "broken.png").touch()
     for kind in ("standard", "ema", "entropy"):

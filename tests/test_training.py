@@ -45,13 +45,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by file and name, the optimizers' moments too; copies, for files are mapped."""
+    """Every tensor of a checkpoint by file and name; copies, for files are mapped."""
     found = {}
     for file in sorted(checkpoint.rglob("*.safetensors")):
         found |= {f"{file.relative_to(checkpoint)}:{name}": tensor.clone() for name, tensor in load_file(file).items()}
-    for name, optimizer in torch.load(checkpoint / "optimizers.pt", weights_only=True).items():
-        for index, moments in optimizer["state"].items():
-            found |= {f"optimizers.pt:{name}.{index}.{key}": tensor for key, tensor in moments.items()}
     return found
 
 
@@ -130,7 +127,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept_and_the_links_lead_to_them
         (folder / "weights").write_text(folder.name)
 
     for step in range(1, 7):
-        save_checkpoint(tmp_path, step, write, keep=2, best=step == 2)
+        save_checkpoint(tmp_path, step, write, keep=2, best_step=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000005", "step_00000006"]
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_00000006"
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
@@ -140,20 +137,20 @@ def test_a_checkpoint_is_never_pruned_for_a_damaged_later_one(tmp_path):
     def write(folder: Path) -> None:
         (folder / "weights").write_text(folder.name)
 
-    save_checkpoint(tmp_path, 6, write, keep=1, best=False)  # damaged, say; the run went back to before it
-    save_checkpoint(tmp_path, 4, write, keep=1, best=False)
+    save_checkpoint(tmp_path, 6, write, keep=1, best_step=None)  # damaged, say; the run went back to before it
+    save_checkpoint(tmp_path, 4, write, keep=1, best_step=None)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004"]
 
 
 def test_a_failure_while_saving_leaves_the_older_checkpoints_as_they_were(tmp_path):
-    save_checkpoint(tmp_path, 1, lambda folder: (folder / "weights").write_text("1"), keep=1, best=True)
+    save_checkpoint(tmp_path, 1, lambda folder: (folder / "weights").write_text("1"), keep=1, best_step=1)
 
     def full_disk(folder: Path) -> None:
         (folder / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, 2, full_disk, keep=1, best=True)
+        save_checkpoint(tmp_path, 2, full_disk, keep=1, best_step=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
     assert (tmp_path / "checkpoints" / "best" / "weights").read_text() == "1"
 

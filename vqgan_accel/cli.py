@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqgan_accel.interruption import EXIT_INTERRUPTED, TrainingInterruptedError
+
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -17,7 +19,8 @@ USER_ERRORS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after an error told in one sentence (`--debug` shows its traceback)."""
+    """Returns the exit status: 0; 2 after an error told in one sentence (`--debug` shows its traceback); 75
+    (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional after an option; overrides may stand anywhere
@@ -27,20 +30,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
-    except USER_ERRORS as error:
-        if options.debug:
+    except (*USER_ERRORS, RuntimeError) as error:
+        sentence = explain(error)
+        if options.debug or sentence is None:
             raise
         rank = os.environ.get("RANK")
         where = f" (process {rank})" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"error{where}: {explain(error)}", file=sys.stderr, flush=True)
+        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         return 2
+    except TrainingInterruptedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def explain(error: BaseException) -> str:
+def explain(error: Exception) -> str | None:
+    """The sentence for the user; None for an error that is ours and not theirs."""
+    if isinstance(error, RuntimeError):
+        from vqgan_accel.distributed import lost_process
+
+        return lost_process(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
@@ -95,15 +108,19 @@ def run_train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)  # a misspelt key is told before torch is imported
 
+    from vqgan_accel.distributed import leaving_process_group
     from vqgan_accel.training.loop import train
 
-    train(config, options.resume)
+    with leaving_process_group():
+        train(config, options.resume)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    from vqgan_accel.distributed import leaving_process_group
     from vqgan_accel.evaluation.evaluate import evaluate
 
-    evaluate(options.path, options.overrides, options.output)
+    with leaving_process_group():
+        evaluate(options.path, options.overrides, options.output)
 
 
 def run_describe(options: argparse.Namespace) -> None:

@@ -1,12 +1,19 @@
-"""Sums and means over processes that are no-ops without torch.distributed, so that a model or a step is written once.
+"""Sums, means and decisions over processes that are no-ops without torch.distributed, so that a model or a step is
+written once.
 
 Every rank must call them in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def num_processes() -> int:
@@ -37,3 +44,55 @@ def mean_over_processes_with_gradient(value: Tensor) -> Tensor:
     ranks' terms is just what the derivative of the mean asks for, so no communication is needed in the backward pass.
     """
     return value + (mean_over_processes(value) - value.detach())
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the main process, on every rank; none goes on before it is done.
+
+    Its ValueError or OSError is raised on every rank, so that all stop with its sentence.
+    """
+    outcome: list[Any] = [None, None]  # the result, the error
+    if process_index() == 0:
+        try:
+            outcome[0] = decide()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if num_processes() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def same_everywhere(value: str) -> bool:
+    """Whether every rank gave the same value."""
+    values: list[Any] = [value]
+    if num_processes() > 1:
+        values = [None] * num_processes()
+        dist.all_gather_object(values, value)
+    return len(set(values)) == 1
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """A sentence where an error means that another process has died, else None: torch has no type for these."""
+    if "DataLoader worker" in str(error):
+        return "a data worker died; if the machine is short of memory, lower data.workers"
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        return "another process of this run has stopped; its own message says why"
+    return None
+
+
+@contextmanager
+def leaving_process_group() -> Iterator[None]:
+    """Ends this process's part in the group on the way out: gloo's threads abort a process that exits without it.
+
+    After an error NCCL is left as it is, for it would wait for the other processes; the launcher ends them.
+    """
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 RUN/config.yaml                    the resolved config
 RUN/metrics.jsonl                  one JSON object per logged step
+RUN/wandb_id                       the id of the run on wandb, where it is tracked there
 RUN/images/step_00001000.png       validation originals over reconstructions
 RUN/checkpoints/step_00001000/     see training/checkpoint.py; `latest` and `best` are links to such folders
 RUN/evaluation/...                 what evaluate.py measured
@@ -17,6 +18,7 @@ from typing import Any
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
 

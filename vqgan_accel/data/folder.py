@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -33,6 +34,10 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return str(self.folder / self.files[index])
+
+    def fingerprint(self) -> str:
+        names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
+        return f"{len(self.files)} images, names {names[:16]}"
 
     def open(self, index: int) -> Image.Image:
         return decode_image(self.folder / self.files[index])

@@ -49,6 +49,9 @@ class HubSource:
     def name(self, index: int) -> str:
         return f"{self.title} row {index}"
 
+    def fingerprint(self) -> str:
+        return f"{len(self.rows)} images"
+
     def open(self, index: int) -> Image.Image:
         image = self.rows[index][self.column] or {"bytes": None, "path": None}
         if image["bytes"] is not None:

@@ -6,9 +6,8 @@ Accelerate does not prepare these loaders: the order already knows about process
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
+from vqgan_accel.interruption import shield_data_worker
 
 
 class Batch(TypedDict):
@@ -47,9 +47,7 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
             return HubSource(config, split, key)
 
 
-def training_loader(
-    source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool
-) -> DataLoader[Batch]:
+def training_loader(source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool) -> ImageLoader:
     """Micro-batches in `order`, each image cropped and flipped by its key (order.seed, epoch, index).
 
     With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key.
@@ -57,12 +55,12 @@ def training_loader(
     """
     assert order.num_images == len(source)
     views = _TrainingViews(source, config, order.seed)
-    return _ImageLoader(views, batch_sampler=order, **_loader_options(config, pin_memory))
+    return ImageLoader(views, batch_sampler=order, **_loader_options(config, pin_memory))
 
 
 def evaluation_loader(
     source: ImageSource, config: DataConfig, batch_size: int, process_index: int, num_processes: int, pin_memory: bool
-) -> DataLoader[Batch]:
+) -> ImageLoader:
     """The images process_index, process_index + num_processes, ...: over all processes each one exactly once.
 
     Nothing is padded: the last batch may be small, and processes may have different numbers of batches. With
@@ -70,7 +68,7 @@ def evaluation_loader(
     """
     shard = range(process_index, len(source), num_processes)
     views = _EvaluationViews(source, config)
-    return _ImageLoader(views, sampler=shard, batch_size=batch_size, **_loader_options(config, pin_memory))
+    return ImageLoader(views, sampler=shard, batch_size=batch_size, **_loader_options(config, pin_memory))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -144,35 +142,32 @@ class _EvaluationViews(_Views):
         return _Item(index, evaluation_view(image, self.config.image_size), skipped=0)
 
 
-class _ImageLoader(DataLoader[Any]):
-    """A DataLoader that raises, in the main process, the failures that workers return."""
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader that raises, in the main process, the failures that workers return.
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, _Failure):
-                self._iterator = None  # ends the workers here and now; as garbage in a traceback each would take 5 s
-                raise ValueError(batch.sentence)
-            yield batch
+    Closing its iterator ends the workers.
+    """
+
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, _Failure):
+                    raise ValueError(batch.sentence)
+                yield batch
+        except BaseException:  # a failure, or GeneratorExit: closed before its end
+            self._iterator = None  # ends the workers here and now; as garbage in a traceback each would take 5 s
+            raise
 
 
 def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
-        "worker_init_fn": _leave_process_group,
+        "worker_init_fn": shield_data_worker,
         "pin_memory": pin_memory,
         "collate_fn": partial(_collate, config.image_size),
         "generator": torch.Generator(),  # else each iteration would draw a seed from torch's global state
     }
-
-
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C, torchrun and SLURM signal the whole group; the training process needs its workers to stop in good order.
-
-    (torch itself sets a worker's threads to 1, without which forking after parallel work can hang, and ends workers
-    whose parent is gone.)
-    """
-    os.setpgrp()
 
 
 def _collate(image_size: int, items: list[_Item | _Failure]) -> Batch | _Failure:

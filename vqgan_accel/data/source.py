@@ -19,6 +19,9 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """What an error sentence calls the image: a file's path, or 'DATASET[split] row i'."""
 
+    def fingerprint(self) -> str:
+        """Tells one set of images from another: their number and, where they have some, a hash of their names."""
+
     def open(self, index: int) -> Image.Image:
         """The image as stored (any mode), fully loaded. What it raises on a broken image is up to Pillow."""
 

@@ -4,12 +4,13 @@ step_00001000/
   tokenizer/            ImageTokenizer.save_pretrained
   tokenizer_ema/        the same of the averaged weights, where training keeps them
   discriminator.safetensors
-  optimizers.pt         both AdamW states, read with weights_only
+  optimizers.safetensors  the moments of both optimizers; rates and other settings follow from the config
   progress.json         position, counters, results so far, use of the codes in the current epoch
   manifest.json         size and sha256 of every file above
 
 A checkpoint is written aside, synced and renamed; only then `latest` moves and older ones go. Randomness is a
-function of position, so no random state is kept.
+function of position, so no random state is kept. Names with a leading dot are leftovers of an interruption, or
+checkpoints found damaged: they go with the next checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -39,6 +41,11 @@ from vqgan_accel.run_folder import (
     write_json,
 )
 
+DISCRIMINATOR = "discriminator.safetensors"
+OPTIMIZERS = "optimizers.safetensors"
+PROGRESS = "progress.json"
+MANIFEST = "manifest.json"
+
 
 @dataclass
 class Progress:
@@ -47,6 +54,8 @@ class Progress:
     bad_steps_in_a_row: int = 0
     skipped_images: int = 0  # unreadable ones replaced under data.on_error=skip
     best: float | None = None  # training.best_metric so far
+    best_step: int | None = None  # the step that had it
+    training_images: str = ""  # fingerprint of the split: in another one the position means other images
 
 
 @dataclass
@@ -73,11 +82,11 @@ def write_state(state: TrainingState, folder: Path) -> None:
     if state.averaged_tokenizer is not None:
         state.averaged_tokenizer.save_pretrained(folder / TOKENIZER_EMA)
     if state.discriminator is not None:
-        save_file(state.discriminator.state_dict(), folder / "discriminator.safetensors")
-    torch.save({name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}, folder / "optimizers.pt")
+        save_file(state.discriminator.state_dict(), folder / DISCRIMINATOR)
+    save_file(moments(state.optimizers), folder / OPTIMIZERS)
     averaged = int(state.average.n_averaged) if state.average is not None else 0
     progress = asdict(state.progress) | {"code_counts": state.code_counts.tolist(), "averaged_steps": averaged}
-    write_json(folder / "progress.json", progress)
+    write_json(folder / PROGRESS, progress)
 
 
 def read_state(state: TrainingState, folder: Path) -> None:
@@ -87,10 +96,9 @@ def read_state(state: TrainingState, folder: Path) -> None:
         if state.averaged_tokenizer is not None:
             state.averaged_tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / "model.safetensors"))
         if state.discriminator is not None:
-            state.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
-        for name, saved in torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True).items():
-            state.optimizers[name].load_state_dict(saved)
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            state.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
+        restore_moments(state.optimizers, load_file(folder / OPTIMIZERS))
+        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         state.code_counts.copy_(torch.tensor(progress.pop("code_counts")))
     except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -103,43 +111,106 @@ def read_state(state: TrainingState, folder: Path) -> None:
     state.progress = Progress(**progress)
 
 
-def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int, best: bool) -> Path:
-    """Write a checkpoint with `write(folder)`, then point `latest` (and `best`) at it and prune. One process calls
-    it."""
+def moments(optimizers: dict[str, Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers keep of each parameter, as `name/index/key`."""
+    return {
+        f"{name}/{index}/{key}": value.contiguous()
+        for name, optimizer in optimizers.items()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def restore_moments(optimizers: dict[str, Optimizer], saved: dict[str, Tensor]) -> None:
+    """The inverse. KeyError or ValueError where they belong to other networks."""
+    states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in optimizers}
+    for path, value in saved.items():
+        name, index, key = path.split("/")
+        states[name].setdefault(int(index), {})[key] = value
+    for name, optimizer in optimizers.items():
+        settings = optimizer.state_dict()["param_groups"]
+        known = {index for group in settings for index in group["params"]}
+        if not states[name].keys() <= known:
+            raise ValueError(f"{OPTIMIZERS} has {len(states[name])} parameters of the {name}, not {len(known)}")
+        optimizer.load_state_dict({"state": states[name], "param_groups": settings})
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int, best_step: int | None) -> Path:
+    """Write a checkpoint with `write(folder)`, then point `latest` and `best` at their steps and prune. One process
+    calls it.
+
+    OSError, one sentence, where it cannot be written: the older checkpoints are as they were.
+    """
     folder = checkpoints_folder(run)
     partial, final = folder / f".{step_name(step)}.partial", folder / step_name(step)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    write_json(partial / "manifest.json", {name: _fingerprint(partial / name) for name in _files(partial)})
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    if final.exists():  # a resumed run has come to a step that its interrupted self had saved: the same content
-        shutil.rmtree(final)
+    remove_leftovers(folder)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        write_json(partial / MANIFEST, {name: _fingerprint(partial / name) for name in _files(partial)})
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {final} cannot be written ({error}); the ones before it are intact: make room, then go on "
+            "with --resume"
+        ) from error
+    # (A folder of that name can only be damaged, or the run would have been resumed from it.)
+    set_aside(final)
     os.replace(partial, final)
     sync(folder)
-    _point(folder / "latest", final.name)
-    if best:
-        _point(folder / "best", final.name)
+    point_links(run, step, best_step)
     # Later steps than this one can only be damaged checkpoints that the run was resumed before: they go too.
-    kept = {path.name for path in [path for path in checkpoints(run) if path.name <= final.name][-keep:]}
-    if (folder / "best").is_symlink():
-        kept.add(os.readlink(folder / "best"))
+    kept = [path for path in checkpoints(run) if path.name <= final.name][-keep:]
     for path in checkpoints(run):
-        if path.name not in kept:
-            shutil.rmtree(path)
+        if path not in kept and path.name != step_name(best_step or -1):
+            set_aside(path)
+    remove_leftovers(folder)
     return final
 
 
+def point_links(run: Path, step: int, best_step: int | None) -> None:
+    """`latest` and `best`, from what a checkpoint says: an interruption between two renames is made good here."""
+    for name, target in (("latest", step), ("best", best_step)):
+        link, partial = checkpoints_folder(run) / name, checkpoints_folder(run) / f".{name}.partial"
+        if target is None or not (checkpoints_folder(run) / step_name(target)).is_dir():
+            link.unlink(missing_ok=True)
+            continue
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(step_name(target))
+        os.replace(partial, link)
+    sync(checkpoints_folder(run))
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take a checkpoint out of the run, whole or not at all; `remove_leftovers` takes it off the disk."""
+    if checkpoint.exists():
+        os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.removed"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def latest_intact(run: Path, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose files match its manifest; damaged ones are named aloud and passed over.
+    """The newest checkpoint whose files match its manifest; damaged ones are named aloud and set aside. One process
+    calls it.
 
     ValueError where all of a run's checkpoints are damaged.
     """
+    damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
         fault = damage(path)
         if fault is None:
+            for other in damaged:
+                set_aside(other)
             return path
+        damaged.append(path)
         say(f"checkpoint {path} is damaged ({fault}); going back to the one before it")
     raise ValueError(f"every checkpoint in {checkpoints_folder(run)} is damaged; restore one or start a new output_dir")
 
@@ -147,7 +218,7 @@ def latest_intact(run: Path, say: Callable[[str], None]) -> Path:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
@@ -165,11 +236,3 @@ def _files(folder: Path) -> list[str]:
 def _fingerprint(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _point(link: Path, target: str) -> None:
-    partial = link.with_name(f".{link.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(target)
-    os.replace(partial, link)
-    sync(link.parent)

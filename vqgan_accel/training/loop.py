@@ -8,6 +8,7 @@ average's.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,9 +20,10 @@ from torch.optim import Optimizer
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
 from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.order import global_index
-from vqgan_accel.distributed import mean_over_processes, sum_over_processes
+from vqgan_accel.distributed import decided_by_main, mean_over_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
 from vqgan_accel.evaluation.figures import reconstruction_grid
+from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
 from vqgan_accel.run_folder import step_name
@@ -37,15 +39,17 @@ def train(config: Config, resume: bool = False) -> Path:
     has one.
 
     Runs on one process, or on many (DDP) under `accelerate launch` or `torchrun`. Returns the run folder. Raises
-    ValueError or FileNotFoundError before the first step for what cannot be trained, FloatingPointError where
-    training diverges.
+    ValueError or FileNotFoundError before the first step for what cannot be trained, TrainingInterruptedError after a
+    signal, once the step is finished and saved, FloatingPointError where training diverges, OSError where the disk is
+    full.
     """
-    setup = set_up(config, resume)
-    with setup.tracking.bar:  # ends its line, also before an error is told
-        return run_steps(setup, config)
+    with catch_stop_signals() as stop_request:
+        setup = set_up(config, resume)
+        with setup.tracking.bar, closing(setup.batches):  # ends its line and the data workers, before an error is told
+            return run_steps(setup, config, stop_request)
 
 
-def run_steps(setup: Setup, config: Config) -> Path:
+def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
     accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
     quantizer, optimizers, progress = state.tokenizer.quantizer, state.optimizers, state.progress
 
@@ -98,7 +102,7 @@ def run_steps(setup: Setup, config: Config) -> Path:
 
         # ---- the update, if every value of every process is finite
         norms = {f"grad_norm_{name}": clip(optimizers[name], config.training.max_grad_norm) for name in learning}
-        values = global_values(losses, norms)
+        values, stop = global_values(losses, norms, bool(stop_request))
         sound = all(math.isfinite(value) for value in values.values())
         if sound:
             for name in learning:
@@ -151,9 +155,16 @@ def run_steps(setup: Setup, config: Config) -> Path:
         if finished or progress.step % plan.validate_every == 0:
             is_best = validate(setup)
 
-        # ---- save
-        if finished or is_best or progress.step % plan.checkpoint_every == 0:
-            save(setup, is_best)
+        # ---- save; and stop, if any process was asked to
+        if finished or is_best or stop or progress.step % plan.checkpoint_every == 0:
+            save(setup)
+        if stop and not finished:
+            tracking.close()
+            reason = stop_request.signal.name if stop_request.signal else "a signal to another process"
+            raise TrainingInterruptedError(
+                f"stopped by {reason} after step {progress.step} of {plan.total_steps}, which is saved; go on with "
+                "--resume"
+            )
 
     tracking.close()
     return setup.run
@@ -180,14 +191,19 @@ def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     return norm
 
 
-def global_values(losses: list[dict[str, Tensor]], norms: dict[str, Tensor]) -> dict[str, float]:
-    """Losses as means over rounds and processes. One all-reduce and one transfer to the host, so every rank sees the
-    same numbers, and a nan on any of them, and decides alike.
+def global_values(
+    losses: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: bool
+) -> tuple[dict[str, float], bool]:
+    """Losses as means over rounds and processes, and whether any process wants to `stop`.
+
+    One all-reduce and one transfer to the host, so every rank sees the same numbers, and a nan on any of them, and
+    decides alike.
     """
     names = list(losses[0])
-    means = mean_over_processes(torch.stack([torch.stack([parts[name] for name in names]) for parts in losses]).mean(0))
-    numbers = torch.cat([means, torch.stack(list(norms.values()))]).tolist()
-    return dict(zip([*names, *norms], numbers, strict=True))
+    means = torch.stack([torch.stack([parts[name] for name in names]) for parts in losses]).mean(0)
+    means = mean_over_processes(torch.cat([means.new_tensor([float(stop)]), means]))
+    stopping, *numbers = torch.cat([means, torch.stack(list(norms.values()))]).tolist()
+    return dict(zip([*names, *norms], numbers, strict=True)), stopping > 0
 
 
 def validate(setup: Setup) -> bool:
@@ -214,23 +230,27 @@ def validate(setup: Setup) -> bool:
     sign = -1 if training.best_metric in LOWER_IS_BETTER else 1
     is_best = math.isfinite(value) and (state.progress.best is None or sign * value > sign * state.progress.best)
     if is_best:
-        state.progress.best = value
+        state.progress.best, state.progress.best_step = value, step
     return is_best
 
 
-def save(setup: Setup, is_best: bool, extra: int = 0) -> None:
+def save(setup: Setup, extra: int = 0) -> None:
     """A checkpoint of the current step, by the main process while the others wait; `extra` more older ones are kept."""
-    if setup.accelerator.is_main_process:
-        keep = setup.plan.config.training.keep_checkpoints + extra
+    progress = setup.state.progress
+    keep = setup.plan.config.training.keep_checkpoints + extra
+
+    def write() -> None:
+        setup.tracking.sync()
         save_checkpoint(
-            setup.run, setup.state.progress.step, lambda folder: write_state(setup.state, folder), keep, is_best
+            setup.run, progress.step, lambda folder: write_state(setup.state, folder), keep, progress.best_step
         )
-    setup.accelerator.wait_for_everyone()
+
+    decided_by_main(write)
 
 
 def stop_diverged(setup: Setup) -> NoReturn:
     """The weights are those from before the skipped steps: save them, beside the older checkpoints, and stop."""
-    save(setup, is_best=False, extra=1)
+    save(setup, extra=1)
     setup.tracking.close()
     number = setup.state.progress.bad_steps_in_a_row
     raise FloatingPointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from vqgan_accel.config import Config, flat_config, load_config, save_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
+from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import CONFIG, METRICS, checkpoints, step_name
-from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, read_state
+from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, step_name
+from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import Plan, make_plan
 from vqgan_accel.training.tracking import Tracking, check_trackers
@@ -39,7 +40,7 @@ class Setup:
     perceptual: nn.Module | None
     state: TrainingState  # the unwrapped networks and all else that a checkpoint holds
     usage: CodebookUsage
-    batches: Iterator[Batch]  # endless enough: from the resumed step to the last
+    batches: Generator[Batch, None, None]  # from the resumed step to the last; closing it ends its workers
     validation_batches: Iterable[Batch]
     metrics: Metrics
     tracking: Tracking
@@ -57,8 +58,14 @@ def set_up(config: Config, resume: bool) -> Setup:
     device = accelerator.device
     training_source = open_source(config.data, "train")
     validation_source = open_source(config.data, "validation")
+    images = training_source.fingerprint()
+    if not same_everywhere(images):
+        raise ValueError(
+            f"the processes see different training images ({images} on process {accelerator.process_index}); data.path "
+            "must lead to the same ones on every machine"
+        )
     plan = make_plan(config, len(training_source), accelerator.num_processes)
-    checkpoint = checkpoint_to_resume(plan, resume, accelerator.print)
+    checkpoint = decided_by_main(lambda: checkpoint_to_resume(plan, resume, accelerator.print))
 
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
     model, d_model = build_tokenizer(config), build_discriminator(config)
@@ -67,7 +74,8 @@ def set_up(config: Config, resume: bool) -> Setup:
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
     metrics.require(len(validation_source))
-    run = prepare_run_folder(accelerator, config, resuming=checkpoint is not None)
+    run = Path(config.output_dir)
+    decided_by_main(lambda: prepare_run_folder(run, config, resuming=checkpoint is not None))
 
     average = None
     if config.training.ema_decay is not None:
@@ -85,6 +93,13 @@ def set_up(config: Config, resume: bool) -> Setup:
     state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
     if checkpoint is not None:
         read_state(state, checkpoint)
+        decided_by_main(lambda: point_links(run, state.progress.step, state.progress.best_step))
+        if state.progress.training_images != images:
+            accelerator.print(
+                f"the training images are not those that the run began with ({images}; before: "
+                f"{state.progress.training_images}): from here on their order is another"
+            )
+    state.progress.training_images = images
     show_banner(accelerator, plan, state.progress.step, checkpoint)
 
     order = TrainingOrder(
@@ -122,7 +137,10 @@ def set_up(config: Config, resume: bool) -> Setup:
 
 
 def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -> Path | None:
-    """The newest intact checkpoint in output_dir, None for a new run. An earlier run there is resumed or refused."""
+    """The newest intact checkpoint in output_dir, None for a new run. An earlier run there is resumed or refused.
+
+    One process calls it.
+    """
     run = Path(plan.config.output_dir)
     found = checkpoints(run)
     if not found:
@@ -141,23 +159,19 @@ def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -
     return checkpoint
 
 
-def prepare_run_folder(accelerator: Accelerator, config: Config, resuming: bool) -> Path:
-    """Create it and write the resolved config."""
-    run = Path(config.output_dir)
-    accelerator.wait_for_everyone()  # every rank has looked before one writes
-    if accelerator.is_main_process:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
-        if resuming:
-            for change in config_changes(load_config(run / CONFIG), config):
-                accelerator.print(f"config changed since the run began: {change}")
-        else:
-            (run / METRICS).unlink(missing_ok=True)  # of a run that never came to a checkpoint
-        save_config(config, run / CONFIG)
-    accelerator.wait_for_everyone()
-    return run
+def prepare_run_folder(run: Path, config: Config, resuming: bool) -> None:
+    """Create it and write the resolved config. One process calls it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
+    if resuming:
+        for change in config_changes(load_config(run / CONFIG), config):
+            print(f"config changed since the run began: {change}", flush=True)
+    else:
+        for name in (METRICS, WANDB_ID):  # of a run that never came to a checkpoint
+            (run / name).unlink(missing_ok=True)
+    save_config(config, run / CONFIG)
 
 
 def config_changes(old: Config, new: Config) -> list[str]:

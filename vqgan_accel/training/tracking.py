@@ -6,25 +6,35 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tqdm import tqdm
 
 from vqgan_accel.config import Config, TrackingConfig, flat_config
-from vqgan_accel.run_folder import METRICS, write_atomically
+from vqgan_accel.distributed import decided_by_main
+from vqgan_accel.run_folder import METRICS, WANDB_ID, sync, write_atomically
 
 
 class Tracking:
-    """Only the main process writes; every rank may call."""
+    """Only the main process writes; every rank may call.
+
+    metrics.jsonl must be written, or the run stops with an OSError. A tracker that fails is left out from then on.
+    """
 
     def __init__(
         self, accelerator: Accelerator, config: Config, run: Path, resumed_step: int, total_steps: int
     ) -> None:
         self.accelerator = accelerator
         self.file = run / METRICS
+        decided_by_main(lambda: trim_metrics(self.file, resumed_step))
+        if config.tracking.trackers:
+            decided_by_main(lambda: start_trackers(accelerator, config, run, resumed_step))
         self.bar = tqdm(
             total=total_steps,
             initial=resumed_step,
@@ -32,15 +42,6 @@ class Tracking:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        if accelerator.is_main_process:
-            trim_metrics(self.file, resumed_step)
-        if config.tracking.trackers:
-            name = config.tracking.run_name or run.name
-            accelerator.init_trackers(
-                config.tracking.project,
-                config=flat_config(config),
-                init_kwargs={"wandb": {"name": name, "mode": config.tracking.wandb_mode, "dir": str(run)}},
-            )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one entry in each tracker."""
@@ -49,14 +50,16 @@ class Tracking:
                 file.write(
                     json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}}) + "\n"
                 )
-        self.accelerator.log(values, step=step)
+        self._tell_trackers(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        for tracker in self.accelerator.trackers:
+        def show(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
             else:
                 tracker.log_images({name: [picture]}, step=step)
+
+        self._tell_trackers(show)
 
     def say(self, message: str) -> None:
         """A line above the progress bar, on the main process."""
@@ -68,10 +71,49 @@ class Tracking:
             self.bar.set_postfix(postfix, refresh=False)
         self.bar.update()
 
+    def sync(self) -> None:
+        """Make what was logged durable: a checkpoint of this step promises it. One process calls it."""
+        if self.file.exists():
+            sync(self.file)
+        self._tell_trackers(lambda tracker: tracker.writer.flush() if tracker.name == "tensorboard" else None)
+
     def close(self) -> None:
         self.bar.close()
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        self._tell_trackers(lambda tracker: tracker.finish())
+
+    def _tell_trackers(self, tell: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # whatever a service, a network or a full disk makes of it: training goes on
+                self.accelerator.trackers.remove(tracker)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.say(f"tracker {tracker.name} failed and is left out from here on ({reason}); {self.file} goes on")
+
+
+def start_trackers(accelerator: Accelerator, config: Config, run: Path, resumed_step: int) -> None:
+    """A resumed run goes on in its old curves. What its interrupted self had logged past `resumed_step` is the same as
+    what comes again: TensorBoard replaces it, wandb keeps the first. One process calls it."""
+    tracking = config.tracking
+    settings: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": resumed_step + 1} if resumed_step else {}}
+    if "wandb" in tracking.trackers:
+        name = tracking.run_name or run.name
+        settings["wandb"] = {"name": name, "mode": tracking.wandb_mode, "dir": str(run)}
+        settings["wandb"] |= {"id": wandb_id(run), "resume": "allow"}
+    try:
+        accelerator.init_trackers(tracking.project, config=flat_config(config), init_kwargs=settings)
+    except Exception as error:
+        raise ValueError(
+            f"tracking.trackers {', '.join(tracking.trackers)} cannot be started: {' '.join(str(error).split())}"
+        ) from error
+
+
+def wandb_id(run: Path) -> str:
+    """The id of this run on wandb, made when it is first asked for."""
+    file = run / WANDB_ID
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
 
 
 def check_trackers(config: TrackingConfig) -> None:
@@ -89,11 +131,11 @@ def trim_metrics(file: Path, last_step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     write_atomically(file, "".join(kept))
 

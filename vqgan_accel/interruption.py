@@ -1,0 +1,98 @@
+"""Signals that ask a run to stop in good order: the step is finished on every process, saved, and the run can go on
+later as if nothing had happened.
+
+SIGTERM (preemption, torchrun, a service manager), SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning before the time limit).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: start the same command again with --resume
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ONE_REQUEST = 1.0  # seconds in which repeated signals are one request: launchers pass on what a process got already
+
+
+class TrainingInterruptedError(Exception):
+    """Training stopped as it was asked to; its last step is saved."""
+
+
+class StopRequest:
+    """What the signals so far ask for."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None  # the first one
+        self.time = 0.0  # when it came
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def receive(self, number: int) -> None:
+        """The first request is noted; a second one ends the process here and now."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.time = signal.Signals(number), now
+        elif now - self.time > ONE_REQUEST:
+            os._exit(128 + number)
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """While it is open, stop signals are noted instead of obeyed. A second one, a second or more later, is obeyed at
+    once, even where the process waits for others that are gone.
+
+    Outside of the main thread, where Python allows no handlers, nothing is caught.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    # Python runs a handler between two bytecodes, and a process that waits inside a collective comes to none. What the
+    # interpreter writes to the wake-up descriptor is there at once, and a thread reads it.
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := os.read(read_end, 1):
+            if number[0] in STOP_SIGNALS:  # the descriptor also tells of other signals, such as a child's end
+                request.receive(number[0])
+        os.close(read_end)
+
+    listener = threading.Thread(target=listen, name="stop signals", daemon=True)
+    listener.start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(write_end)  # ends the listener
+        listener.join()
+
+
+def shield_data_worker(worker: int) -> None:
+    """A DataLoader's worker_init_fn: the training process needs its workers until the step is done, so they obey
+    nobody else. (torch ends those whose parent is gone.)
+
+    Ctrl-C and torchrun signal the whole process group, SLURM every process of the job.
+    """
+    os.setpgrp()
+    signal.set_wakeup_fd(-1)  # the parent's: a worker's signals are not its own
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, name="SIGTERM", daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """torch sends SIGTERM to a worker that does not end by itself."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
