@@ -60,10 +60,9 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def listen() -> None:
-        while number := os.read(read_end, 1):
-            if number[0] in STOP_SIGNALS:  # the descriptor also tells of other signals, such as a child's end
-                request.receive(number[0])
-        os.close(read_end)
+        while number := os.read(read_end, 1)[0]:
+            if number in STOP_SIGNALS:  # the descriptor also tells of other signals, such as a child's end
+                request.receive(number)
 
     listener = threading.Thread(target=listen, name="stop signals", daemon=True)
     listener.start()
@@ -73,8 +72,10 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.close(write_end)  # ends the listener
+        os.write(write_end, b"\0")  # ends the listener; closing does not, where a data worker inherited this end
         listener.join()
+        os.close(read_end)
+        os.close(write_end)
 
 
 def shield_data_worker(worker: int) -> None:

@@ -26,7 +26,7 @@ from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
-from vqgan_accel.run_folder import step_name
+from vqgan_accel.run_folder import naming, step_name
 from vqgan_accel.training.checkpoint import save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
 from vqgan_accel.training.plan import Plan
@@ -222,9 +222,10 @@ def validate(setup: Setup) -> bool:
     setup.tracking.say(f"step {step}: validation on {evaluation.num_images} images: {listed}")
     if setup.accelerator.is_main_process and len(evaluation.originals):
         grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
-        folder = setup.run / "images"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"{step_name(step)}.png")
+        picture = setup.run / "images" / f"{step_name(step)}.png"
+        with naming(picture):
+            picture.parent.mkdir(exist_ok=True)
+            grid.save(picture)
         setup.tracking.picture(step, "validation", grid)
     value = evaluation.results[training.best_metric]
     sign = -1 if training.best_metric in LOWER_IS_BETTER else 1

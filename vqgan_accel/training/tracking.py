@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vqgan_accel.config import Config, TrackingConfig, flat_config
 from vqgan_accel.distributed import decided_by_main
-from vqgan_accel.run_folder import METRICS, WANDB_ID, sync, write_atomically
+from vqgan_accel.run_folder import METRICS, WANDB_ID, naming, sync, write_atomically
 
 
 class Tracking:
@@ -46,10 +46,9 @@ class Tracking:
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one entry in each tracker."""
         if self.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}}) + "\n"
-                )
+            line = json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}})
+            with naming(self.file), self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         self._tell_trackers(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:

@@ -1,0 +1,30 @@
+"""What a run left behind, for comparisons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by file and name; copies, for files are mapped."""
+    found = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        found |= {f"{file.relative_to(checkpoint)}:{name}": tensor.clone() for name, tensor in load_file(file).items()}
+    return found
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()

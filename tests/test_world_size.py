@@ -1,0 +1,131 @@
+"""P processes x b images train what one process with P*b images trains, whatever the number of accumulation rounds.
+
+Real runs of 20 steps on gloo processes (world_size.py), with an adversarial part from the third step on, R1, minibatch
+standard deviation, a moving average of the weights, and re-initialisation of unused codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics
+from safetensors.torch import load_file
+from torch import Tensor
+from world_size import CASES, QUANTIZERS, START, STEPS, Case
+
+PARAMETERS = 1e-5  # relative: of the largest entry of each tensor
+OF_THE_WAY = 1e-4  # relative: of the distance from the initial weights
+LOSSES = 1e-4
+ADAPTIVE_PAIRS = [
+    (Case(q, "adaptive", "sgd", 1, rounds), Case(q, "adaptive", "sgd", 2, rounds))
+    for q in QUANTIZERS
+    for rounds in (1, 2)
+]
+# lambda and the mean code distribution are formed per round, so (1, 1) and (1, 2) agree where neither is there
+ROUNDS_PAIRS = [(Case(q, "fixed", "sgd", 1, 1), Case(q, "fixed", "sgd", 1, 2)) for q in ("standard", "ema", "gumbel")]
+ADAM_PAIRS = [(Case(q, "adaptive", "adamw", 1, 1), Case(q, "adaptive", "adamw", 2, 1)) for q in QUANTIZERS]
+TWO = [case for case in CASES if case.processes == 2]
+
+
+def names(case: object) -> str:
+    return "~".join(c.name for c in case) if isinstance(case, tuple) and not isinstance(case, Case) else case.name  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    script = Path(__file__).parent / "world_size.py"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, script, folder], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def ranks(folder: Path, case: Case) -> list[dict[str, Tensor]]:
+    return [load_file(folder / case.name / f"{rank}.safetensors") for rank in range(case.processes)]
+
+
+def in_global_order(folder: Path, case: Case, what: str) -> Tensor:
+    """(steps, global batch, ...): sample g went to round g mod k, process (g div k) mod P."""
+    by_rank = torch.stack([rank[what].unflatten(0, (STEPS, case.rounds)) for rank in ranks(folder, case)])
+    return by_rank.permute(1, 3, 0, 2, *range(4, by_rank.ndim)).flatten(1, 3)  # (P, S, k, b, ...) -> (S, b*P*k, ...)
+
+
+def assert_same_parameters(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    keys = [key for key in one if key not in ("images", "codes")]
+    assert keys == [key for key in other if key not in ("images", "codes")]
+    for key in keys:
+        difference = (one[key].double() - other[key].double()).abs().max().item()
+        assert difference <= PARAMETERS * one[key].double().abs().max().item(), key
+    for network in ("tokenizer.encoder.", "tokenizer.decoder.", "discriminator."):  # a wrong gradient shows beside the way that training came
+        names = [key for key in keys if key.startswith(network)]
+        way = sum((one[key].double() - one[f"initial.{key}"].double()).square().sum().item() for key in names)
+        apart = sum((one[key].double() - other[key].double()).square().sum().item() for key in names)
+        assert 0 < apart**0.5 <= OF_THE_WAY * way**0.5, network
+
+
+def assert_same_losses(folder: Path, one: Case, other: Case) -> None:
+    left, right = (metrics(folder / case.name / "run") for case in (one, other))
+    assert len(left) == len(right) and len(left) > STEPS  # and the validations
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, rel=LOSSES, abs=LOSSES), a["step"]
+
+
+@pytest.mark.parametrize("pair", [*ADAPTIVE_PAIRS, *ROUNDS_PAIRS, *ADAM_PAIRS], ids=names)
+def test_the_same_images_with_the_same_augmentation_get_the_same_codes(folder: Path, pair: tuple[Case, Case]) -> None:
+    for what in ("images", "codes"):
+        one, other = (in_global_order(folder, case, what) for case in pair)
+        assert torch.equal(one, other), what
+    assert len(in_global_order(folder, pair[0], "codes").unique()) > 8  # they have something to differ in
+
+
+@pytest.mark.parametrize("pair", [*ADAPTIVE_PAIRS, *ROUNDS_PAIRS], ids=names)
+def test_twenty_steps_of_sgd_lead_to_the_same_parameters_and_losses(folder: Path, pair: tuple[Case, Case]) -> None:
+    """Tokenizer, its average, discriminator, codebook, EMA statistics, usage of the codes."""
+    one, other = (ranks(folder, case)[0] for case in pair)
+    assert_same_parameters(one, other)
+    assert_same_losses(folder, *pair)
+
+
+@pytest.mark.parametrize("pair", ADAM_PAIRS, ids=names)
+def test_twenty_steps_of_adamw_have_the_same_losses(folder: Path, pair: tuple[Case, Case]) -> None:
+    """Its division by the root of the second moment magnifies rounding in the parameters whose gradient is zero."""
+    assert_same_losses(folder, *pair)
+
+
+@pytest.mark.parametrize("case", TWO, ids=names)
+def test_all_processes_hold_the_same_bits(folder: Path, case: Case) -> None:
+    one, other = ranks(folder, case)
+    for key in one.keys() - {"images", "codes"}:
+        assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.parametrize("case", TWO, ids=names)
+def test_each_network_is_reduced_once_an_update(folder: Path, case: Case) -> None:
+    """Counted by a communication hook. With two rounds the first sends nothing; R1 sends nothing of its own; the
+    generator step sends nothing of the discriminator."""
+    for rank in range(case.processes):
+        record = json.loads((folder / case.name / f"{rank}.json").read_text())
+        assert record["wire"] == {
+            "tokenizer": [record["sizes"]["tokenizer"]] * STEPS,
+            "discriminator": [0] * START + [record["sizes"]["discriminator"]] * (STEPS - START),
+        }
+
+
+def replaced_codes(folder: Path, case: Case) -> dict[int, int]:
+    """step -> how many"""
+    lines = metrics(folder / case.name / "run")
+    return {line["step"]: line["reinitialised_codes"] for line in lines if "reinitialised_codes" in line}
+
+
+@pytest.mark.parametrize("pair", [pair for pair in ADAPTIVE_PAIRS if pair[0].quantizer != "gumbel"], ids=names)
+def test_unused_codes_were_replaced(folder: Path, pair: tuple[Case, Case]) -> None:
+    """So that the equal codebooks above say something about the draw."""
+    one, other = (replaced_codes(folder, case) for case in pair)
+    assert one == other and sum(one.values()) > 0

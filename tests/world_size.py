@@ -1,0 +1,182 @@
+"""The runs that test_world_size.py compares: the same training on one process and on two, in one round and in two.
+
+python tests/world_size.py FOLDER writes FOLDER/NAME/ for every case: what the run logged, and one file a rank with
+the images and codes of every step, the final networks, and what crossed the wire.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+from helpers import spread_codebook
+from ranks import Rank, run_ranks
+from safetensors.torch import save_file
+from tiny import DISCRIMINATOR, merged, tiny_config, write_images
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vqgan_accel.config import save_config
+from vqgan_accel.models.discriminators import stylegan2
+from vqgan_accel.models.quantizers import EMAQuantizer
+from vqgan_accel.training import loop, setup
+from vqgan_accel.training.checkpoint import TrainingState
+
+STEPS, BATCH, IMAGES = 20, 8, 40  # 5 steps an epoch
+R1_EVERY, START = 3, 2  # adversarial steps from step 2 on, R1 on 2, 5, 8, ...
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "standard": {"reinit_every_epochs": 2},
+    "ema": {"reinit_every_epochs": 2, "decay": 0.9},
+    "gumbel": {},
+    "entropy": {"reinit_every_epochs": 2, "reinit_from": "used_codes", "entropy_temperature": 1.0},
+}
+
+
+class Case(NamedTuple):
+    quantizer: str
+    weight: str  # of the adversarial loss: fixed | adaptive
+    optimizer: str  # sgd | adamw
+    processes: int
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+
+CASES = [
+    *(Case(q, "adaptive", "sgd", processes, rounds) for q in QUANTIZERS for processes in (1, 2) for rounds in (1, 2)),
+    *(Case(q, "fixed", "sgd", 1, rounds) for q in ("standard", "ema", "gumbel") for rounds in (1, 2)),
+    *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
+]
+
+
+def settings(case: Case) -> dict[str, Any]:
+    adversarial = {"start": f"{START} steps", "r1_weight": 1.0, "r1_every": R1_EVERY, "weight": 0.8}
+    return {
+        "data": {"workers": 0},
+        "quantizer": {"type": case.quantizer, "num_codes": 64, **QUANTIZERS[case.quantizer]},
+        "losses": {"l1_weight": 0, "l2_weight": 1.0},  # L1 has a kink too
+        "discriminator": DISCRIMINATOR | adversarial | {"adaptive_weight": case.weight == "adaptive"},
+        "training": {
+            "max_steps": STEPS,
+            "total_batch_size": BATCH,
+            "gradient_accumulation_steps": case.rounds,
+            "base_lr": 0.02 if case.optimizer == "sgd" else 1e-4,
+            "lr_scaling": "none",
+            "ema_decay": 0.9,
+            "log_every": 1,
+            "validate_every": "10 steps",
+            "checkpoint_every": "100 steps",
+        },
+    }
+
+
+def run(case: Case, folder: Path, images: Path) -> None:
+    folder.mkdir(parents=True)
+    values = merged(settings(case), {"data": {"path": str(images)}})
+    save_config(tiny_config(folder, **values), folder / "config.yaml")
+    outcome = run_ranks([str(folder / "config.yaml")], lambda me: record(me, case, folder), case.processes)
+    assert outcome.codes == [0] * case.processes, f"{case}: {outcome.codes}\n{outcome.output}"
+
+
+def record(me: Rank, case: Case, folder: Path) -> None:
+    """In a rank's process, before it starts: keep what passes through the loop, and save it at the end."""
+    seen: dict[str, list[Tensor]] = {"images": [], "codes": []}  # one entry a step and round
+    initial: dict[str, Tensor] = {}
+    wire: dict[str, list[int]] = {"tokenizer": [], "discriminator": []}  # bytes of gradients, one entry a step
+
+    def sgd(groups: list[dict[str, Any]], lr: float, betas: object, eps: object) -> torch.optim.SGD:
+        return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=lr)
+
+    if case.optimizer == "sgd":
+        setup.AdamW = sgd  # type: ignore[assignment, misc]
+    stylegan2.leaky_relu = smooth_leaky_relu
+
+    original_set_up, original_clip = loop.set_up, loop.clip
+    original_backward, original_save = loop.generator_backward, loop.save
+
+    def set_up(*arguments: Any) -> setup.Setup:
+        made = original_set_up(*arguments)
+        spread_codebook(made.state.tokenizer.quantizer)  # codes as far apart as latents: no ties that rounding decides
+        initial.update({name: value.clone() for name, value in network_tensors(made.state).items()})
+        assert made.accelerator.num_processes == case.processes == (dist.get_world_size() if case.processes > 1 else 1)
+        for name, network in (("tokenizer", made.tokenizer), ("discriminator", made.discriminator)):
+            assert isinstance(network, DistributedDataParallel) == (case.processes > 1)
+            if isinstance(network, DistributedDataParallel):
+                network.register_comm_hook(wire[name], count_bytes)
+        return made
+
+    def generator_backward(*arguments: Any) -> Any:
+        result = original_backward(*arguments)
+        seen["images"].append(arguments[4].clone())
+        seen["codes"].append(result.codes)
+        return result
+
+    def clip(*arguments: Any) -> Tensor:
+        for counts in wire.values():
+            counts.extend([0] * (len(seen["images"]) // case.rounds - len(counts)))  # steps without a reduction
+        return original_clip(*arguments)
+
+    def save(made: setup.Setup, extra: int = 0) -> None:
+        original_save(made, extra)
+        if made.state.progress.step < STEPS:
+            return
+        state = made.state
+        assert state.averaged_tokenizer is not None and state.discriminator is not None
+        tensors = {name: torch.stack(values) for name, values in seen.items()} | network_tensors(state)
+        tensors |= {f"initial.{name}": value for name, value in initial.items()}
+        tensors |= {f"average.{name}": value for name, value in state.averaged_tokenizer.state_dict().items()}
+        if isinstance(state.tokenizer.quantizer, EMAQuantizer):
+            tensors["codebook"] = state.tokenizer.quantizer.codebook_vectors()
+        tensors["usage"] = state.code_counts
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{me.rank}.safetensors")
+        sizes = {
+            name: sum(4 * parameter.numel() for parameter in module.parameters())
+            for name, module in (("tokenizer", state.tokenizer), ("discriminator", state.discriminator))
+        }
+        (folder / f"{me.rank}.json").write_text(json.dumps({"wire": wire, "sizes": sizes}))
+
+    loop.set_up, loop.generator_backward, loop.clip, loop.save = set_up, generator_backward, clip, save  # type: ignore[assignment]
+
+
+def network_tensors(state: TrainingState) -> dict[str, Tensor]:
+    assert state.discriminator is not None
+    networks = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}
+    return {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+
+
+def smooth_leaky_relu(x: Tensor) -> Tensor:
+    """Slopes 0.2 and 1 without the kink between them, at which rounding decides: of a million activations one does
+    come so near to zero that its sign differs from one process to two, and its gradient is then another."""
+    return 0.6 * x + 0.4 * (x.square() + 1e-2).sqrt()
+
+
+def count_bytes(counts, bucket):  # no annotations: DDP compares them with its own types, and here they are strings
+    """DDP's own mean of a dist.GradBucket, as a future, and how many bytes of it crossed the wire in this step."""
+    gradient = bucket.buffer()
+    if bucket.index() == 0:
+        counts.append(0)
+    counts[-1] += gradient.numel() * gradient.element_size()
+    gradient /= dist.get_world_size()
+    work = dist.all_reduce(gradient, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def main(folder: Path) -> None:
+    images = folder / "images"
+    write_images(images / "train", IMAGES)
+    write_images(images / "validation", 5, seed=1)
+    for case in CASES:
+        run(case, folder / case.name, images)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
