@@ -1,18 +1,20 @@
 #!/bin/bash
-# Train on N SLURM nodes of 8 GPUs, one process each. From the repository's folder:
+# Train on N SLURM nodes of 8 GPUs, one task each. From the repository's folder:
 #   sbatch --nodes=2 launch/slurm.sh CONFIG [key=value ...]
-# A job that SLURM requeues (preemption, a failed node, `scontrol requeue JOB`) goes on from its newest checkpoint, for
-# --resume is always passed; a first start has no checkpoint and begins at step 0.
+# Before the time limit every process finishes its step and saves, and the job is requeued. A job that SLURM requeues
+# (preemption, a failed node, `scontrol requeue JOB`) goes on from its newest checkpoint too, for --resume is always
+# passed; a first start has no checkpoint and begins at step 0.
 #
 # Edit for your cluster: the lines below (add --account, --partition, ...), and how Python is found.
-# Options of the sbatch command line win over these lines.
+# Options of the sbatch command line win over these lines. Fewer GPUs: change both --ntasks-per-node and --gpus-per-node.
 #SBATCH --job-name=vqgan
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=64
+#SBATCH --cpus-per-task=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
@@ -28,18 +30,23 @@ if [[ ! -f train.py ]]; then
     exit 2
 fi
 
-# Edit: `accelerate` must be on the PATH of every node, for example
+# Edit: `python` must be the environment's on every node, for example
 # source .venv/bin/activate
 
-nodes=$SLURM_JOB_NUM_NODES
-main_process_ip=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # a name, if every node can resolve it
-main_process_port=$((20000 + SLURM_JOB_ID % 10000))                          # jobs that share a node do not collide
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # a name, if every node can resolve it
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))                            # jobs that share a node do not collide
+export MASTER_ADDR MASTER_PORT ACCELERATE_MIXED_PRECISION=bf16 OMP_NUM_THREADS=1
 
-# $SLURM_NODEID is each node's own, so it is expanded there and not here
+# srun starts the processes itself: torchrun dies of SIGUSR1 and hides its workers' exit status. When one has ended, the
+# others have a minute. $SLURM_PROCID is each task's own, so it is expanded there and not here.
+status=0
 # shellcheck disable=SC2016
-srun --nodes="$nodes" --ntasks="$nodes" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
-    bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
-    --config_file launch/two_nodes_8xA100_bf16.yaml \
-    --num_machines "$nodes" --num_processes "$((8 * nodes))" \
-    --main_process_ip "$main_process_ip" --main_process_port "$main_process_port" \
-    train.py "$@" --resume
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python train.py "$@"' \
+    train "$@" --resume || status=$?
+
+# 75: the processes were signalled, have saved, and want to go on. (scancel ends this script too, before it comes here.)
+if [[ $status -eq 75 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

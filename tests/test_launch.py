@@ -19,6 +19,7 @@ from accelerate.utils import ComputeEnvironment, DistributedType
 from tiny import DISCRIMINATOR, tiny_config, write_splits
 
 from vqgan_accel.config import save_config
+from vqgan_accel.interruption import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).parent.parent
 LAUNCH = REPOSITORY / "launch"
@@ -134,47 +135,66 @@ def program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path):
-    """An environment with a stand-in for srun that visits three nodes, and for accelerate that prints its arguments."""
+    """An environment with stand-ins: srun starts three nodes' tasks, two each, and python prints what it was given."""
     stand_ins = tmp_path / "bin"
     program(
-        stand_ins / "scontrol", '#!/bin/bash\n[[ "$*" == "show hostnames gpu[07-09]" ]] && printf "gpu0%d\\n" 7 8 9\n'
+        stand_ins / "scontrol",
+        "#!/bin/bash\n"
+        f'echo "$*" >> {tmp_path}/scontrol.log\n'
+        '[[ "$*" == "show hostnames gpu[07-09]" ]] && printf "gpu0%d\\n" 7 8 9; true\n',
     )
     program(
         stand_ins / "srun",
-        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1" >&2; shift; done\n'
-        'for SLURM_NODEID in 0 1 2; do export SLURM_NODEID; "$@"; done\n',
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1" >&2; shift; done\nstatus=0\n'
+        "for task in 0 1 2 3 4 5; do\n"
+        '  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=6 "$@" || status=$?\n'
+        "done\nexit $status\n",
     )
-    program(stand_ins / "accelerate", f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program(
+        stand_ins / "python",
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_MIXED_PRECISION')\n"
+        "print(json.dumps([sys.argv[1:], [os.environ[name] for name in names]]))\n"
+        "sys.exit(int(os.environ.get('STATUS', '0')))\n",
+    )
     variables = {
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
-        "SLURM_JOB_NUM_NODES": "3",
         "SLURM_JOB_NODELIST": "gpu[07-09]",
         "SLURM_JOB_ID": "123456",
-        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_CPUS_PER_TASK": "8",
     }
     return os.environ | variables | {"PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}"}
 
 
-def test_slurm_starts_one_launcher_a_node_that_together_make_one_run(slurm, tmp_path):
+def test_slurm_starts_one_task_a_gpu_that_together_make_one_run(slurm, tmp_path):
     given = ["configs/demo.yaml", "discriminator.start=300 steps", "data.path=/a b"]
     copy = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")  # as SLURM does
     result = subprocess.run(["bash", copy, *given], env=slurm, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert {"srun --nodes=3", "srun --ntasks=3", "srun --cpus-per-task=64"} <= set(result.stderr.splitlines())
-    commands = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [command[0] for command in commands] == ["launch"] * 3
-    nodes = [launch_command_parser().parse_args(command[1:]) for command in commands]
-    assert [node.machine_rank for node in nodes] == [0, 1, 2]
-    for node in nodes:
-        assert (node.num_machines, node.num_processes) == (3, 24)
-        assert (node.main_process_ip, node.main_process_port) == ("gpu07", 23456)
-        assert load_config_from_file(str(REPOSITORY / node.config_file)).distributed_type == DistributedType.MULTI_GPU
-        assert node.training_script == "train.py"
-        assert node.training_script_args == [*given, "--resume"]  # so that a requeued job goes on
+    assert {"srun --cpus-per-task=8", "srun --kill-on-bad-exit=0", "srun --wait=60"} <= set(result.stderr.splitlines())
+    tasks = [json.loads(line) for line in result.stdout.splitlines()]
+    for rank, (arguments, environment) in enumerate(tasks):
+        assert arguments == ["train.py", *given, "--resume"]  # so that a requeued job goes on
+        assert environment == [str(rank), str(rank % 2), "6", "gpu07", "23456", "bf16"]
+    assert len(tasks) == 6
+    assert "requeue" not in (tmp_path / "scontrol.log").read_text()
 
 
-def test_slurm_asks_to_be_requeued_and_keeps_the_log(slurm):
-    options = re.findall(r"^#SBATCH (\S+)", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
-    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options)
+@pytest.mark.parametrize("status", [EXIT_INTERRUPTED, 2, 138])
+def test_slurm_requeues_what_has_stopped_in_order_and_nothing_else(slurm, tmp_path, status):
+    result = subprocess.run([LAUNCH / "slurm.sh", "c.yaml"], env=slurm | {"STATUS": str(status)}, capture_output=True)
+    assert result.returncode == status
+    requeued = "requeue 123456" in (tmp_path / "scontrol.log").read_text()
+    assert requeued == (status == EXIT_INTERRUPTED)
+
+
+def test_slurm_warns_the_tasks_and_keeps_the_log(slurm):
+    options = dict(
+        option.removeprefix("--").partition("=")[::2]
+        for option in re.findall(r"^#SBATCH (\S+)", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
+    )
+    assert options["signal"] == "USR1@300"  # to the tasks; with B: it would go to this script
+    assert "requeue" in options and options["open-mode"] == "append"
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
 
 
 def test_slurm_submitted_from_elsewhere_says_from_where_to_submit(slurm, tmp_path):

@@ -63,11 +63,11 @@ def assert_same_parameters(one: dict[str, Tensor], other: dict[str, Tensor]) -> 
     for key in keys:
         difference = (one[key].double() - other[key].double()).abs().max().item()
         assert difference <= PARAMETERS * one[key].double().abs().max().item(), key
-    for network in ("tokenizer.encoder.", "tokenizer.decoder.", "discriminator."):  # a wrong gradient shows beside the way that training came
+    for network in ("tokenizer.encoder.", "tokenizer.decoder.", "discriminator."):
         names = [key for key in keys if key.startswith(network)]
         way = sum((one[key].double() - one[f"initial.{key}"].double()).square().sum().item() for key in names)
         apart = sum((one[key].double() - other[key].double()).square().sum().item() for key in names)
-        assert 0 < apart**0.5 <= OF_THE_WAY * way**0.5, network
+        assert way > 0 and apart**0.5 <= OF_THE_WAY * way**0.5, network  # beside the way a wrong gradient shows
 
 
 def assert_same_losses(folder: Path, one: Case, other: Case) -> None:

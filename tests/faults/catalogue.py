@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def kill_all_in_a_step(rng: random.Random) -> Fault:
     return Fault("SIGKILL to all in a step", f"rank {trigger} {point}", arm, [{-signal.SIGKILL}] * RANKS)
 
 
-def kill_in_a_save(rng: random.Random) -> Fault:
-    everyone, call = rng.random() < 0.5, rng.randint(1, 200)  # a run's saves have about 250 events
+def kill_in_a_save(rng: random.Random, everyone: bool) -> Fault:
+    call = rng.randint(1, 200)  # a run's saves have about 250 events
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == 0:
@@ -159,8 +160,8 @@ def full_disk(rng: random.Random) -> Fault:
     return Fault("full disk", f"files of {limit:,} bytes from step {step}", arm, STOPS, "cannot be written")
 
 
-def damaged_checkpoint(rng: random.Random) -> Fault:
-    how, step = rng.choice(["truncated", "bit-flipped", "missing"]), rng.randint(7, STEPS)
+def damaged_checkpoint(rng: random.Random, how: str) -> Fault:
+    step = rng.randint(7, STEPS)
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == 0:
@@ -183,8 +184,7 @@ def damaged_checkpoint(rng: random.Random) -> Fault:
     return Fault(f"{how} file in the newest checkpoint", f"after a kill in step {step}", arm, codes, repair=damage)
 
 
-def broken_image(rng: random.Random) -> Fault:
-    how, skip = rng.choice(["deleted", "truncated"]), rng.random() < 0.5
+def broken_image(rng: random.Random, how: str, on_error: str) -> Fault:
     epoch = rng.randrange(2)
     step = epoch * 6 + rng.randint(4, 5)  # later than what a worker has loaded when it is broken, in the same epoch
     position = rng.randrange(BATCH)
@@ -212,10 +212,10 @@ def broken_image(rng: random.Random) -> Fault:
         return ""
 
     point = f"image of step {step + 1}"
-    if skip:
-        says = f"skipping image .*{index:03}.png"
-        return Fault(f"{how} image, on_error=skip", point, arm, GOES_ON, says, restore, ["data.on_error=skip"], False)
-    return Fault(f"{how} image, on_error=raise", point, arm, STOPS, rf"cannot read image .*{index:03}\.png", restore)
+    kind, overrides = f"{how} image, on_error={on_error}", [f"data.on_error={on_error}"]
+    if on_error == "skip":
+        return Fault(kind, point, arm, GOES_ON, rf"skipping image .*{index:03}\.png", restore, overrides, False)
+    return Fault(kind, point, arm, STOPS, rf"cannot read image .*{index:03}\.png", restore, overrides)
 
 
 def nan_batch(rng: random.Random) -> Fault:
@@ -301,11 +301,17 @@ def second_signal(rng: random.Random) -> Fault:
 KINDS: tuple[Callable[[random.Random], Fault], ...] = (
     kill_one_in_a_step,
     kill_all_in_a_step,
-    kill_in_a_save,
+    partial(kill_in_a_save, everyone=False),
+    partial(kill_in_a_save, everyone=True),
     kill_between_renames,
     full_disk,
-    damaged_checkpoint,
-    broken_image,
+    partial(damaged_checkpoint, how="truncated"),
+    partial(damaged_checkpoint, how="bit-flipped"),
+    partial(damaged_checkpoint, how="missing"),
+    partial(broken_image, how="deleted", on_error="raise"),
+    partial(broken_image, how="deleted", on_error="skip"),
+    partial(broken_image, how="truncated", on_error="raise"),
+    partial(broken_image, how="truncated", on_error="skip"),
     nan_batch,
     dead_worker,
     failing_tracker,

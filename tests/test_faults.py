@@ -1,0 +1,20 @@
+"""The fault harness in its quick form: see faults/__main__.py, which prints the table of what was injected."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FAULTS = Path(__file__).parent / "faults"
+NUMBER = 48  # of 19 kinds in turn
+
+
+def test_runs_survive_what_is_injected_and_end_with_the_bits_of_an_undisturbed_one() -> None:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, FAULTS, "--many", str(NUMBER)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert f"{NUMBER} of {NUMBER} survived" in done.stdout
