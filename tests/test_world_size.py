@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import metrics
 from safetensors.torch import load_file
 from torch import Tensor
-from world_size import CASES, QUANTIZERS, START, STEPS, Case
+from world_size import CASES, CHANGED_AT, CHANGES, QUANTIZERS, START, STEPS, Case
 
 PARAMETERS = 1e-5  # relative: of the largest entry of each tensor
 OF_THE_WAY = 1e-4  # relative: of the distance from the initial weights
@@ -47,13 +48,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ranks(folder: Path, case: Case) -> list[dict[str, Tensor]]:
-    return [load_file(folder / case.name / f"{rank}.safetensors") for rank in range(case.processes)]
+def ranks(place: Path, case: Case) -> list[dict[str, Tensor]]:
+    return [load_file(place / f"{rank}.safetensors") for rank in range(case.processes)]
 
 
-def in_global_order(folder: Path, case: Case, what: str) -> Tensor:
+def in_global_order(place: Path, case: Case, what: str) -> Tensor:
     """(steps, global batch, ...): sample g went to round g mod k, process (g div k) mod P."""
-    by_rank = torch.stack([rank[what].unflatten(0, (STEPS, case.rounds)) for rank in ranks(folder, case)])
+    by_rank = torch.stack([rank[what].unflatten(0, (-1, case.rounds)) for rank in ranks(place, case)])
     return by_rank.permute(1, 3, 0, 2, *range(4, by_rank.ndim)).flatten(1, 3)  # (P, S, k, b, ...) -> (S, b*P*k, ...)
 
 
@@ -71,8 +72,11 @@ def assert_same_parameters(one: dict[str, Tensor], other: dict[str, Tensor]) -> 
 
 
 def assert_same_losses(folder: Path, one: Case, other: Case) -> None:
-    left, right = (metrics(folder / case.name / "run") for case in (one, other))
-    assert len(left) == len(right) and len(left) > STEPS  # and the validations
+    assert_same_lines(*(metrics(folder / case.name / "run") for case in (one, other)))
+
+
+def assert_same_lines(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
+    assert len(left) == len(right) == STEPS + 2  # two of them of validations
     for a, b in zip(left, right, strict=True):
         assert a == pytest.approx(b, rel=LOSSES, abs=LOSSES), a["step"]
 
@@ -80,15 +84,17 @@ def assert_same_losses(folder: Path, one: Case, other: Case) -> None:
 @pytest.mark.parametrize("pair", [*ADAPTIVE_PAIRS, *ROUNDS_PAIRS, *ADAM_PAIRS], ids=names)
 def test_the_same_images_with_the_same_augmentation_get_the_same_codes(folder: Path, pair: tuple[Case, Case]) -> None:
     for what in ("images", "codes"):
-        one, other = (in_global_order(folder, case, what) for case in pair)
+        one, other = (in_global_order(folder / case.name, case, what) for case in pair)
         assert torch.equal(one, other), what
-    assert len(in_global_order(folder, pair[0], "codes").unique()) > 8  # they have something to differ in
+    assert (
+        len(in_global_order(folder / pair[0].name, pair[0], "codes").unique()) > 8
+    )  # they have something to differ in
 
 
 @pytest.mark.parametrize("pair", [*ADAPTIVE_PAIRS, *ROUNDS_PAIRS], ids=names)
 def test_twenty_steps_of_sgd_lead_to_the_same_parameters_and_losses(folder: Path, pair: tuple[Case, Case]) -> None:
     """Tokenizer, its average, discriminator, codebook, EMA statistics, usage of the codes."""
-    one, other = (ranks(folder, case)[0] for case in pair)
+    one, other = (ranks(folder / case.name, case)[0] for case in pair)
     assert_same_parameters(one, other)
     assert_same_losses(folder, *pair)
 
@@ -99,9 +105,23 @@ def test_twenty_steps_of_adamw_have_the_same_losses(folder: Path, pair: tuple[Ca
     assert_same_losses(folder, *pair)
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=names)
+def test_a_run_resumed_on_another_number_of_processes_goes_on_from_the_same_image(
+    folder: Path, change: tuple[Case, Case]
+) -> None:
+    _, after = change
+    whole = Case(after.quantizer, "adaptive", "adamw", 1, 1)
+    place = folder / f"{change[0].name}~{after.name}"
+    expected = in_global_order(folder / whole.name, whole, "images")[CHANGED_AT:]
+    assert torch.equal(in_global_order(place, after, "images"), expected)
+    lines, whole_lines = metrics(place / "run"), metrics(folder / whole.name / "run")
+    del lines[-2 - (STEPS - CHANGED_AT)]  # the validation at the end of its first part
+    assert_same_lines(lines, whole_lines)
+
+
 @pytest.mark.parametrize("case", TWO, ids=names)
 def test_all_processes_hold_the_same_bits(folder: Path, case: Case) -> None:
-    one, other = ranks(folder, case)
+    one, other = ranks(folder / case.name, case)
     for key in one.keys() - {"images", "codes"}:
         assert torch.equal(one[key], other[key]), key
 

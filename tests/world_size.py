@@ -1,7 +1,8 @@
 """The runs that test_world_size.py compares: the same training on one process and on two, in one round and in two.
 
 python tests/world_size.py FOLDER writes FOLDER/NAME/ for every case: what the run logged, and one file a rank with
-the images and codes of every step, the final networks, and what crossed the wire.
+the images and codes of every step, the final networks, and what crossed the wire. FOLDER/NAME~NAME/ holds runs that
+went on with another number of processes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ CASES = [
     *(Case(q, "fixed", "sgd", 1, rounds) for q in ("standard", "ema", "gumbel") for rounds in (1, 2)),
     *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
 ]
+CHANGED_AT = 12  # steps
+CHANGES = [
+    (Case(q, "adaptive", "adamw", processes, 1), Case(q, "adaptive", "adamw", 3 - processes, 1))
+    for q in ("ema", "gumbel")
+    for processes in (1, 2)
+]
 
 
 def settings(case: Case) -> dict[str, Any]:
@@ -67,6 +74,7 @@ def settings(case: Case) -> dict[str, Any]:
         "discriminator": DISCRIMINATOR | adversarial | {"adaptive_weight": case.weight == "adaptive"},
         "training": {
             "max_steps": STEPS,
+            "lr_decay": f"{STEPS} steps",
             "total_batch_size": BATCH,
             "gradient_accumulation_steps": case.rounds,
             "base_lr": 0.02 if case.optimizer == "sgd" else 1e-4,
@@ -79,11 +87,12 @@ def settings(case: Case) -> dict[str, Any]:
     }
 
 
-def run(case: Case, folder: Path, images: Path) -> None:
-    folder.mkdir(parents=True)
+def run(case: Case, folder: Path, images: Path, *arguments: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     values = merged(settings(case), {"data": {"path": str(images)}})
     save_config(tiny_config(folder, **values), folder / "config.yaml")
-    outcome = run_ranks([str(folder / "config.yaml")], lambda me: record(me, case, folder), case.processes)
+    command = [str(folder / "config.yaml"), *arguments]
+    outcome = run_ranks(command, lambda me: record(me, case, folder), case.processes)
     assert outcome.codes == [0] * case.processes, f"{case}: {outcome.codes}\n{outcome.output}"
 
 
@@ -105,7 +114,8 @@ def record(me: Rank, case: Case, folder: Path) -> None:
 
     def set_up(*arguments: Any) -> setup.Setup:
         made = original_set_up(*arguments)
-        spread_codebook(made.state.tokenizer.quantizer)  # codes as far apart as latents: no ties that rounding decides
+        if made.state.progress.step == 0:  # codes as far apart as latents: no ties that rounding decides
+            spread_codebook(made.state.tokenizer.quantizer)
         initial.update({name: value.clone() for name, value in network_tensors(made.state).items()})
         assert made.accelerator.num_processes == case.processes == (dist.get_world_size() if case.processes > 1 else 1)
         for name, network in (("tokenizer", made.tokenizer), ("discriminator", made.discriminator)):
@@ -176,6 +186,10 @@ def main(folder: Path) -> None:
     write_images(images / "validation", 5, seed=1)
     for case in CASES:
         run(case, folder / case.name, images)
+    for before, after in CHANGES:  # in the middle of the third epoch
+        place = folder / f"{before.name}~{after.name}"
+        run(before, place, images, f"training.max_steps={CHANGED_AT}")
+        run(after, place, images, "--resume")
 
 
 if __name__ == "__main__":
