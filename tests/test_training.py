@@ -171,12 +171,14 @@ def test_a_resumed_run_goes_on_in_its_tensorboard_curves(tmp_path):
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path):
     tracking = {"trackers": ["wandb"], "wandb_mode": "offline"}
+    identities = set()
     for max_steps in (2, 4):
         config = tiny_config(tmp_path, tracking=tracking, training={"max_steps": max_steps, "lr_decay": "4 steps"})
         run = train(config, resume=max_steps == 4)
-    identity = (run / "wandb_id").read_text()
-    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
-    assert len(folders) == 2 and all(name.endswith(f"-{identity}") for name in folders)
+        identities.add((run / "wandb_id").read_text())
+    (identity,) = identities
+    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]  # one for both within a second
+    assert folders and all(name.endswith(f"-{identity}") for name in folders)
 
 
 def test_a_tracker_that_cannot_start_is_told_before_the_first_step(tmp_path, monkeypatch):
