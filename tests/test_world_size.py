@@ -7,7 +7,6 @@ standard deviation, a moving average of the weights, and re-initialisation of un
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +41,7 @@ def names(case: object) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     script = Path(__file__).parent / "world_size.py"
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, script, folder], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch.utils.tensorboard  # noqa: F401  here and not in every rank

@@ -45,6 +45,7 @@ DISCRIMINATOR = "discriminator.safetensors"
 OPTIMIZERS = "optimizers.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+PARTIAL, REMOVED = ".partial", ".removed"  # endings of folders on their way in and out
 
 
 @dataclass
@@ -142,7 +143,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
     OSError, one sentence, where it cannot be written: the older checkpoints are as they were.
     """
     folder = checkpoints_folder(run)
-    partial, final = folder / f".{step_name(step)}.partial", folder / step_name(step)
+    partial, final = folder / f".{step_name(step)}{PARTIAL}", folder / step_name(step)
     remove_leftovers(folder)
     try:
         partial.mkdir(parents=True)
@@ -173,7 +174,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
 def point_links(run: Path, step: int, best_step: int | None) -> None:
     """`latest` and `best`, from what a checkpoint says: an interruption between two renames is made good here."""
     for name, target in (("latest", step), ("best", best_step)):
-        link, partial = checkpoints_folder(run) / name, checkpoints_folder(run) / f".{name}.partial"
+        link, partial = checkpoints_folder(run) / name, checkpoints_folder(run) / f".{name}{PARTIAL}"
         if target is None or not (checkpoints_folder(run) / step_name(target)).is_dir():
             link.unlink(missing_ok=True)
             continue
@@ -186,15 +187,16 @@ def point_links(run: Path, step: int, best_step: int | None) -> None:
 def set_aside(checkpoint: Path) -> None:
     """Take a checkpoint out of the run, whole or not at all; `remove_leftovers` takes it off the disk."""
     if checkpoint.exists():
-        os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.removed"))
+        os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}{REMOVED}"))
 
 
 def remove_leftovers(folder: Path) -> None:
+    """What is in use elsewhere (a file that is being read over NFS) stays until the next time: no run dies of it."""
     for path in folder.glob(".*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if path.is_symlink():
             path.unlink()
+        elif path.suffix in (PARTIAL, REMOVED):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest_intact(run: Path, say: Callable[[str], None]) -> Path:

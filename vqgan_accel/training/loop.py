@@ -41,7 +41,7 @@ def train(config: Config, resume: bool = False) -> Path:
     Runs on one process, or on many (DDP) under `accelerate launch` or `torchrun`. Returns the run folder. Raises
     ValueError or FileNotFoundError before the first step for what cannot be trained, TrainingInterruptedError after a
     signal, once the step is finished and saved, FloatingPointError where training diverges, OSError where the disk is
-    full.
+    full. Scripts that call it on many processes end in `distributed.leaving_process_group`, as the command line does.
     """
     with catch_stop_signals() as stop_request:
         setup = set_up(config, resume)
