@@ -95,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     describe.add_argument("--json", action="store_true", help="print JSON")
 
+    data_info = add("data-info", "What a config's data set holds: sizes, broken images, decode rates.", run_data_info)
+    data_info.add_argument("config", type=Path, help="YAML file")
+    data_info.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    data_info.add_argument("--output", type=Path, default=Path("data_info"), help="folder for the contact sheets")
+
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
     doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
     return parser
@@ -129,6 +134,13 @@ def run_describe(options: argparse.Namespace) -> None:
 
     summary = describe(load_config(options.config, options.overrides))
     print(json.dumps(summary, indent=2) if options.json else "\n".join(description_lines(summary)))
+
+
+def run_data_info(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import load_config
+    from vqgan_accel.data.info import data_info
+
+    print("\n".join(data_info(load_config(options.config, options.overrides).data, options.output)))
 
 
 def run_doctor(options: argparse.Namespace) -> None:

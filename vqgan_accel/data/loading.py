@@ -54,7 +54,7 @@ def training_loader(source: ImageSource, config: DataConfig, order: TrainingOrde
     Iterating raises ValueError, one sentence, at a broken image otherwise, and where no image at all is readable.
     """
     assert order.num_images == len(source)
-    views = _TrainingViews(source, config, order.seed)
+    views = TrainingViews(source, config, order.seed)
     return ImageLoader(views, batch_sampler=order, **_loader_options(config, pin_memory))
 
 
@@ -84,13 +84,13 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
     """A sentence for the user. It travels as a value: what a worker raises arrives wrapped in its whole traceback."""
 
     sentence: str
 
 
-class _Views(Dataset[_Item | _Failure]):
+class _Views(Dataset[_Item | Failure]):
     """What the workers compute. A subclass says which view of an image a key stands for."""
 
     def __init__(self, source: ImageSource, config: DataConfig) -> None:
@@ -98,31 +98,31 @@ class _Views(Dataset[_Item | _Failure]):
         self.config = config
         self.reported: set[int] = set()  # per worker: each has its own copy
 
-    def first_readable(self, start: int) -> tuple[int, Image.Image] | _Failure:
+    def first_readable(self, start: int) -> tuple[int, Image.Image] | Failure:
         """The image at `start` or, with on_error=skip, at the first readable index after it (cyclic)."""
         for distance in range(len(self.source)):
             index = (start + distance) % len(self.source)
             try:
                 return index, to_rgb(self.source.open(index))
             except Exception as error:  # on damaged files Pillow's decoders raise nearly every type there is
-                broken, reason = self.source.name(index), _reason(error)
+                broken, reason = self.source.name(index), reason_of(error)
             if self.config.on_error == "raise":
-                return _Failure(f"cannot read image {broken}: {reason}; remove or repair it, or set data.on_error=skip")
+                return Failure(f"cannot read image {broken}: {reason}; remove or repair it, or set data.on_error=skip")
             if index not in self.reported:
                 self.reported.add(index)
                 print(f"skipping image {broken}: {reason}", file=sys.stderr, flush=True)
-        return _Failure(f"none of the {len(self.source)} images can be read; the last tried was {broken}: {reason}")
+        return Failure(f"none of the {len(self.source)} images can be read; the last tried was {broken}: {reason}")
 
 
-class _TrainingViews(_Views):
+class TrainingViews(_Views):
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
         super().__init__(source, config)
         self.seed = seed
 
-    def __getitem__(self, key: Key) -> _Item | _Failure:
+    def __getitem__(self, key: Key) -> _Item | Failure:
         epoch, wanted = key
         found = self.first_readable(wanted)
-        if isinstance(found, _Failure):
+        if isinstance(found, Failure):
             return found
         index, image = found
         config = self.config
@@ -131,10 +131,10 @@ class _TrainingViews(_Views):
 
 
 class _EvaluationViews(_Views):
-    def __getitem__(self, wanted: int) -> _Item | _Failure:
+    def __getitem__(self, wanted: int) -> _Item | Failure:
         # a readable neighbour is not used, but shows that the data set is not wholly broken
         found = self.first_readable(wanted)
-        if isinstance(found, _Failure):
+        if isinstance(found, Failure):
             return found
         index, image = found
         if index != wanted:
@@ -151,7 +151,7 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
         try:
             for batch in super().__iter__():
-                if isinstance(batch, _Failure):
+                if isinstance(batch, Failure):
                     raise ValueError(batch.sentence)
                 yield batch
         except BaseException:  # a failure, or GeneratorExit: closed before its end
@@ -170,11 +170,11 @@ def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     }
 
 
-def _collate(image_size: int, items: list[_Item | _Failure]) -> Batch | _Failure:
+def _collate(image_size: int, items: list[_Item | Failure]) -> Batch | Failure:
     kept = []
     skipped = 0
     for item in items:
-        if isinstance(item, _Failure):
+        if isinstance(item, Failure):
             return item
         skipped += item.skipped
         if item.image is not None:
@@ -187,7 +187,7 @@ def _collate(image_size: int, items: list[_Item | _Failure]) -> Batch | _Failure
     }
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # Pillow's own sentence names a BytesIO at some address
         return "it is not an image that Pillow can identify"
     if isinstance(error, OSError) and error.strerror:
