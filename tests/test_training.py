@@ -104,6 +104,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
+def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(tmp_path):
+    config = tiny_config(tmp_path)
+    run = train(config)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    script = "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
+    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(run)]
+    other = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout and other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"another process is training in {run}"):
+        train(config, resume=True)
+    other.kill()  # its lock goes with it
+    other.communicate()
+    before[run / ".lock"] = (run / ".lock").stat().st_mtime_ns
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    train(config, resume=True)
+
+
 def test_a_changed_setting_takes_effect_where_a_run_is_resumed(tmp_path, capsys):
     train(everything(tmp_path, max_steps=3))
     config = everything(tmp_path, eps=1e3, weight_decay=0.0)  # steps too small to change a float32

@@ -2,6 +2,7 @@
 
 RUN/config.yaml                    the resolved config
 RUN/metrics.jsonl                  one JSON object per logged step
+RUN/.lock                          held by the process that trains there
 RUN/wandb_id                       the id of the run on wandb, where it is tracked there
 RUN/images/step_00001000.png       validation originals over reconstructions
 RUN/checkpoints/step_00001000/     see training/checkpoint.py; `latest` and `best` are links to such folders
@@ -10,15 +11,17 @@ RUN/evaluation/...                 what evaluate.py measured
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
@@ -36,7 +39,7 @@ def step_name(step: int) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = checkpoints_folder(run)
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)] if folder.is_dir() else []
+    found = [path for path in folder.glob("step_*") if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -68,6 +71,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(run: Path) -> IO[str]:
+    """Keep other processes from training in the same folder until the file is closed or this process ends.
+
+    ValueError where another one does. (POSIX locks, which work over NFS and are not inherited by data workers.)
+    """
+    file = (run / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"another process is training in {run}; wait for its end or give another output_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,7 +45,8 @@ def train(config: Config, resume: bool = False) -> Path:
     """
     with catch_stop_signals() as stop_request:
         setup = set_up(config, resume)
-        with setup.tracking.bar, closing(setup.batches):  # ends its line and the data workers, before an error is told
+        # the bar ends its line and the data workers end before an error is told
+        with setup.held, setup.tracking.bar, closing(setup.batches):
             return run_steps(setup, config, stop_request)
 
 

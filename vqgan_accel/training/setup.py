@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, step_name
+from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, lock, step_name
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import Plan, make_plan
@@ -35,6 +36,7 @@ class Setup:
     accelerator: Accelerator
     plan: Plan
     run: Path
+    held: ExitStack  # the run folder's lock, on the main process
     tokenizer: nn.Module  # as prepared: under DDP, wrapped
     discriminator: nn.Module | None
     perceptual: nn.Module | None
@@ -75,7 +77,8 @@ def set_up(config: Config, resume: bool) -> Setup:
     )
     metrics.require(len(validation_source))
     run = Path(config.output_dir)
-    decided_by_main(lambda: prepare_run_folder(run, config, resuming=checkpoint is not None))
+    held = ExitStack()
+    decided_by_main(lambda: prepare_run_folder(run, config, checkpoint is not None, held))
 
     average = None
     if config.training.ema_decay is not None:
@@ -117,6 +120,7 @@ def set_up(config: Config, resume: bool) -> Setup:
         accelerator=accelerator,
         plan=plan,
         run=run,
+        held=held,
         tokenizer=tokenizer,
         discriminator=discriminator,
         perceptual=perceptual,
@@ -159,12 +163,13 @@ def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -
     return checkpoint
 
 
-def prepare_run_folder(run: Path, config: Config, resuming: bool) -> None:
-    """Create it and write the resolved config. One process calls it."""
+def prepare_run_folder(run: Path, config: Config, resuming: bool, held: ExitStack) -> None:
+    """Create and lock it, and write the resolved config. One process calls it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
+    held.enter_context(lock(run))
     if resuming:
         for change in config_changes(load_config(run / CONFIG), config):
             print(f"config changed since the run began: {change}", flush=True)
