@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import DISCRIMINATOR, merged, tiny_config, write_images
 
-from vqgan_accel.config import Config, save_config
+from vqgan_accel.config import Config, load_config, save_config
 from vqgan_accel.run_folder import checkpoints
 from vqgan_accel.training import loop, steps
 from vqgan_accel.training.checkpoint import save_checkpoint
@@ -159,6 +159,17 @@ def test_a_checkpoint_without_a_discriminator_is_refused_by_a_config_with_one(tm
     train(tiny_config(tmp_path))
     with pytest.raises(ValueError, match=r"step_00000002 does not fit this config .*discriminator\.safetensors"):
         train(tiny_config(tmp_path, discriminator=DISCRIMINATOR, training={"max_steps": 4}), resume=True)
+    assert load_config(tmp_path / "run" / "config.yaml").discriminator is None  # still that of the checkpoint
+
+
+@pytest.mark.parametrize("text", ["", "training: [", "unknown: 1\n"])
+def test_a_run_whose_config_file_cannot_be_read_goes_on_with_the_given_one(tmp_path, capsys, text):
+    config = tiny_config(tmp_path, training={"max_steps": 3})
+    run = train(tiny_config(tmp_path))
+    (run / "config.yaml").write_text(text)
+    train(config, resume=True)
+    assert "config changed since the run began: in what way is not known" in capsys.readouterr().out
+    assert load_config(run / "config.yaml") == config
 
 
 # ---- what is told of a run

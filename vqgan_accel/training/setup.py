@@ -78,7 +78,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     metrics.require(len(validation_source))
     run = Path(config.output_dir)
     held = ExitStack()
-    decided_by_main(lambda: prepare_run_folder(run, config, checkpoint is not None, held))
+    decided_by_main(lambda: open_run_folder(run, held))
 
     average = None
     if config.training.ema_decay is not None:
@@ -103,6 +103,7 @@ def set_up(config: Config, resume: bool) -> Setup:
                 f"{state.progress.training_images}): from here on their order is another"
             )
     state.progress.training_images = images
+    decided_by_main(lambda: record_config(run, config, resuming=checkpoint is not None))
     show_banner(accelerator, plan, state.progress.step, checkpoint)
 
     order = TrainingOrder(
@@ -163,15 +164,23 @@ def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -
     return checkpoint
 
 
-def prepare_run_folder(run: Path, config: Config, resuming: bool, held: ExitStack) -> None:
-    """Create and lock it, and write the resolved config. One process calls it."""
+def open_run_folder(run: Path, held: ExitStack) -> None:
+    """Create and lock it. One process calls it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
     held.enter_context(lock(run))
+
+
+def record_config(run: Path, config: Config, resuming: bool) -> None:
+    """Write the resolved config, once the checkpoint has been found to fit it. One process calls it."""
     if resuming:
-        for change in config_changes(load_config(run / CONFIG), config):
+        try:
+            changes = config_changes(load_config(run / CONFIG), config)
+        except (ValueError, FileNotFoundError) as error:  # another version's, or lost: no reason not to go on
+            changes = [f"in what way is not known ({error})"]
+        for change in changes:
             print(f"config changed since the run began: {change}", flush=True)
     else:
         for name in (METRICS, WANDB_ID):  # of a run that never came to a checkpoint
