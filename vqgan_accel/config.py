@@ -71,12 +71,12 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    backend: Literal["folder", "hub"] = "folder"  # plain image files | Hugging Face datasets
-    path: str | None = None  # image folder, local data set, or (hub) a data set's name on the Hugging Face hub
+    backend: Literal["folder", "hub", "ffcv"] = "folder"  # plain image files | Hugging Face datasets | FFCV's betons
+    path: str | None = None  # folder of images or betons, local data set, or (hub) its name on the Hugging Face hub
     subset: str | None = None  # hub: the configuration's name, for data sets that have several
     revision: str | None = None  # hub: branch, tag or commit of the data set
     image_column: str = "image"  # hub: the column that holds the image
-    train_split: str = "train"  # folder: PATH/train; hub: the split's name
+    train_split: str = "train"  # folder: PATH/train; ffcv: PATH/train.beton; hub: the split's name
     validation_split: str = "validation"
     test_split: str = "test"
     image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
@@ -45,6 +46,8 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
             from vqgan_accel.data.hub import HubSource  # importing `datasets` takes seconds
 
             return HubSource(config, split, key)
+        case "ffcv":
+            return BetonSource(Path(config.path).expanduser(), split, key)
 
 
 def training_loader(source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool) -> ImageLoader:

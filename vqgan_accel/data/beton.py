@@ -1,0 +1,122 @@
+"""Images from FFCV's beton files (https://ffcv.io, format version 2), read with numpy and Pillow.
+
+No compiled library is needed to train from a beton or to check one. It is as fast as a folder of JPEG files, not as
+FFCV's own loader.
+
+A beton is: a header; a description of each field; a row of fields for each sample, in which an image is (mode, width,
+height, pointer); pages of data; the table of what was allocated where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqgan_accel.data.source import decode_image, listed, nearest_name
+
+VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("table_pointer", "<u8"),  # 0 until the file is finished
+    ]
+)
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("bytes", "<u8")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+JPG, RAW = 0, 1  # an image's mode: a JPEG file | height x width x 3 bytes
+IMAGE_TYPE = 2
+IN_A_ROW = {  # field type -> what stands in a sample's row
+    0: np.dtype("<f8"),  # float
+    1: np.dtype("<i8"),  # int
+    IMAGE_TYPE: IMAGE,
+    3: np.dtype([("pointer", "<u8"), ("bytes", "<u8")]),  # bytes
+    4: np.dtype("<u8"),  # array
+    5: np.dtype([("pointer", "<u8"), ("bytes", "<u8")]),  # JSON
+    6: np.dtype("<u8"),  # tensor
+}
+
+
+class BetonSource:
+    """The images of `root/split.beton`, in the file's order; its other fields, such as labels, are left alone.
+
+    `key` is the config key that named the split, for error sentences. Raises FileNotFoundError for a missing file and
+    ValueError for one that is no finished beton with one field of images.
+    """
+
+    def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
+        self.arguments = (root, split, key)
+        self.file = _beton_file(root, split, key)
+        content = np.memmap(self.file, np.uint8, "r")
+        if len(content) < HEADER.itemsize:
+            raise ValueError(f"{self.file} is no beton: it has {len(content)} bytes")
+        header = content[: HEADER.itemsize].view(HEADER)[0]
+        if header["version"] != VERSION:
+            raise ValueError(f"{self.file} is no beton of format version {VERSION}; write it again with FFCV 1.x")
+        table = int(header["table_pointer"])
+        if table == 0 or table > len(content) or (len(content) - table) % ALLOCATION.itemsize:
+            raise ValueError(f"{self.file} was not written to its end; delete it and write it again")
+        fields = content[HEADER.itemsize :][: FIELD.itemsize * int(header["num_fields"])].view(FIELD)
+        images = [number for number, field in enumerate(fields) if field["type"] == IMAGE_TYPE]
+        unknown = sorted({int(field["type"]) for field in fields} - IN_A_ROW.keys())
+        if len(images) != 1 or unknown:
+            names = listed([field["name"].decode(errors="replace") for field in fields])
+            reason = f"types {unknown} of which are unknown here" if unknown else f"{len(images)} of them of images"
+            raise ValueError(f"{self.file} has the fields {names}, {reason}; write it with one field of images")
+        row = np.dtype([(f"field{number}", IN_A_ROW[field["type"]]) for number, field in enumerate(fields)], align=True)
+        start, size = HEADER.itemsize + fields.nbytes, row.itemsize * int(header["num_samples"])
+        if not size:
+            raise ValueError(f"{self.file} holds no images")
+        if start + size > table:
+            raise ValueError(f"{self.file} is damaged: its {header['num_samples']} samples do not fit in it")
+        self.rows = content[start : start + size].view(row)[f"field{images[0]}"]  # (N,) of IMAGE
+        allocations = content[table:].view(ALLOCATION)
+        order = np.argsort(allocations["pointer"], kind="stable")
+        self.pointers, self.sizes = allocations["pointer"][order], allocations["bytes"][order]
+        self.content = content
+
+    def __reduce__(self) -> tuple[type[BetonSource], tuple[Path, str, str]]:
+        return BetonSource, self.arguments  # a worker that is not forked opens the file, instead of getting its content
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.file} sample {index}"
+
+    def fingerprint(self) -> str:
+        return f"{len(self)} images, rows {hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"
+
+    def open(self, index: int) -> Image.Image:
+        mode, width, height, pointer = (int(value) for value in self.rows[index])
+        place = int(np.searchsorted(self.pointers, pointer))
+        if place == len(self.pointers) or self.pointers[place] != pointer:
+            raise ValueError(f"its data is not in the beton: nothing was allocated at {pointer}")
+        data = self.content[pointer : pointer + int(self.sizes[place])]
+        if mode == JPG:
+            image = decode_image(BytesIO(data.tobytes()))
+            if image.size != (width, height):
+                raise ValueError(f"its JPEG is of {image.width} x {image.height} px, not of {width} x {height}")
+            return image
+        if mode != RAW or len(data) < height * width * 3:
+            raise ValueError(f"its mode {mode} or its {len(data)} bytes are not those of {width} x {height} px")
+        return Image.fromarray(np.array(data[: height * width * 3]).reshape(height, width, 3))
+
+
+def _beton_file(root: Path, split: str, key: str) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at data.path {root}; give the one that holds {split}.beton")
+    file = root / f"{split}.beton"
+    if not file.is_file():
+        found = sorted(path.stem for path in root.glob("*.beton"))
+        near = nearest_name(split, found)
+        hint = f"it has {listed(found)}; set {key}={near or found[0]}" if found else "it has no .beton files"
+        raise FileNotFoundError(f"no {split}.beton in data.path {root}; {hint}")
+    return file
