@@ -20,7 +20,7 @@ from tiny import DISCRIMINATOR, merged, tiny_config, write_images
 
 from vqgan_accel.config import Config, load_config, save_config
 from vqgan_accel.run_folder import checkpoints
-from vqgan_accel.training import loop, steps
+from vqgan_accel.training import checkpoint, loop, steps
 from vqgan_accel.training.checkpoint import save_checkpoint
 from vqgan_accel.training.loop import train
 from vqgan_accel.training.tracking import trim_metrics
@@ -155,6 +155,59 @@ def test_a_link_that_an_interruption_left_behind_is_made_good(tmp_path, lost):
     assert os.readlink(link) == right
 
 
+def test_checkpoints_that_cannot_be_read_just_now_are_neither_overlooked_nor_given_up(tmp_path, monkeypatch):
+    config = everything(tmp_path)
+    run = train(config)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    def stale(*arguments: Any) -> None:
+        raise OSError(116, "Stale file handle", "checkpoints")
+
+    for module, name in ((os, "listdir"), (checkpoint.hashlib, "file_digest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stale)
+            with pytest.raises(OSError, match="Stale file handle"):
+                train(config, resume=True)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("manifest", "fault"), [(None, "is missing"), ("{}", "is incomplete"), ("[", "cannot be read")]
+)
+def test_a_checkpoint_without_a_sound_manifest_is_damaged(tmp_path, manifest, fault):
+    run = train(tiny_config(tmp_path))
+    file = run / "checkpoints" / "latest" / "manifest.json"
+    assert checkpoint.damage(file.parent) is None
+    file.unlink() if manifest is None else file.write_text(manifest)
+    assert fault in (checkpoint.damage(file.parent) or "")
+
+
+def test_a_folder_in_the_place_of_a_link_is_put_right(tmp_path):
+    config = everything(tmp_path)
+    run = train(config)
+    for name in ("latest", "best"):
+        link = run / "checkpoints" / name
+        target = link.resolve()
+        link.unlink()
+        shutil.copytree(target, link)  # as `cp -L` does
+    train(config, resume=True)
+    assert os.readlink(run / "checkpoints" / "latest") == "step_00000006"
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_trained_over(tmp_path, monkeypatch):
+    from vqgan_accel.training import setup
+
+    original = setup.build_tokenizer
+
+    def slowly(config: Config) -> Any:
+        (tmp_path / "run" / "checkpoints" / "step_00000007").mkdir(parents=True)
+        return original(config)
+
+    monkeypatch.setattr(setup, "build_tokenizer", slowly)
+    with pytest.raises(ValueError, match=r"another process has trained in .*/run meanwhile; add --resume"):
+        train(tiny_config(tmp_path))
+
+
 def test_a_checkpoint_without_a_discriminator_is_refused_by_a_config_with_one(tmp_path):
     train(tiny_config(tmp_path))
     with pytest.raises(ValueError, match=r"step_00000002 does not fit this config .*discriminator\.safetensors"):
@@ -241,7 +294,7 @@ def test_a_checkpoint_is_never_pruned_for_a_damaged_later_one(tmp_path):
 
     save_checkpoint(tmp_path, 6, write, keep=1, best_step=None)  # damaged, say; the run went back to before it
     save_checkpoint(tmp_path, 4, write, keep=1, best_step=None)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000006"]
 
 
 def test_leftovers_of_interruptions_go_with_the_next_checkpoint(tmp_path):
@@ -262,7 +315,7 @@ def test_a_failure_while_saving_leaves_the_older_checkpoints_as_they_were(tmp_pa
         (folder / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match=r"step_00000002 cannot be written \(.*No space .*make room, .*--resume"):
+    with pytest.raises(OSError, match=r"step_00000002 cannot be written \(.*No space .*put that right, .*--resume"):
         save_checkpoint(tmp_path, 2, full_disk, keep=1, best_step=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
     assert (tmp_path / "checkpoints" / "best" / "weights").read_text() == "1"
@@ -297,6 +350,13 @@ def test_a_non_finite_step_changes_no_weight_no_moment_and_no_codebook(tmp_path,
     (skipped,) = [line for line in metrics(run) if line["step"] == 4]
     assert skipped["l1"] == "nan" and skipped["bad_steps"] == 1
     assert metrics(run)[-2]["bad_steps"] == 1
+
+
+def test_a_diverged_run_that_is_resumed_stops_again(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(100)))
+    for resume in (False, True):
+        with pytest.raises(FloatingPointError, match="steps in a row"):
+            train(everything(tmp_path, max_bad_steps=2, max_steps=9), resume=resume)
 
 
 def test_one_bad_accumulation_round_spoils_its_whole_step(tmp_path, monkeypatch):

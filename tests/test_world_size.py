@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import metrics
+from runs import metrics, tensors
 from safetensors.torch import load_file
 from torch import Tensor
 from world_size import CASES, CHANGED_AT, CHANGES, QUANTIZERS, START, STEPS, Case
@@ -115,6 +115,13 @@ def test_a_run_resumed_on_another_number_of_processes_goes_on_from_the_same_imag
     lines, whole_lines = metrics(place / "run"), metrics(folder / whole.name / "run")
     del lines[-2 - (STEPS - CHANGED_AT)]  # the validation at the end of its first part
     assert_same_lines(lines, whole_lines)
+
+
+def test_a_run_on_three_processes_that_is_resumed_has_the_bits_of_the_uninterrupted_one(folder: Path) -> None:
+    whole, broken = (folder / f"three-{name}" / "run" / "checkpoints" / "latest" for name in ("whole", "broken"))
+    left, right = tensors(whole), tensors(broken)
+    assert left.keys() == right.keys() and len(left) > 100
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
 @pytest.mark.parametrize("case", TWO, ids=names)

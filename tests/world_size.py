@@ -180,6 +180,21 @@ def count_bytes(counts, bucket):  # no annotations: DDP compares them with its o
     return work.get_future().then(lambda done: done.value()[0])
 
 
+def run_three(folder: Path, images: Path) -> None:
+    """Three processes, in one go and with an interruption. A sum of two parts is the same in either order; one of three
+    is not, so here it shows whether a resumed run adds in the same order."""
+    case = Case("ema", "adaptive", "adamw", 3, 2)
+    parts: dict[str, list[list[str]]] = {"whole": [[]], "broken": [["training.max_steps=5"], ["--resume"]]}
+    for name, starts in parts.items():
+        place = folder / f"three-{name}"
+        place.mkdir()
+        values = merged(settings(case), {"data": {"path": str(images)}, "training": {"total_batch_size": 12}})
+        save_config(tiny_config(place, **values), place / "config.yaml")
+        for arguments in starts:
+            outcome = run_ranks([str(place / "config.yaml"), *arguments], None, case.processes)
+            assert outcome.codes == [0] * 3 and "processes          3" in outcome.output, outcome.output
+
+
 def main(folder: Path) -> None:
     images = folder / "images"
     write_images(images / "train", IMAGES)
@@ -190,6 +205,7 @@ def main(folder: Path) -> None:
         place = folder / f"{before.name}~{after.name}"
         run(before, place, images, f"training.max_steps={CHANGED_AT}")
         run(after, place, images, "--resume")
+    run_three(folder, images)
 
 
 if __name__ == "__main__":

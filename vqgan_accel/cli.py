@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> str | None:
     """The sentence for the user; None for an error that is ours and not theirs."""
     if isinstance(error, RuntimeError):
-        from vqgan_accel.distributed import lost_process
+        from vqgan_accel.distributed import known_failure
 
-        return lost_process(error)
+        return known_failure(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -73,8 +74,13 @@ def same_everywhere(value: str) -> bool:
     return len(set(values)) == 1
 
 
-def lost_process(error: RuntimeError) -> str | None:
-    """A sentence where an error means that another process has died, else None: torch has no type for these."""
+def known_failure(error: RuntimeError) -> str | None:
+    """A sentence where an error means a dead process or a lack of memory, else None: torch has few types for these."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            "out of memory; raise training.gradient_accumulation_steps, which keeps the batch, or lower "
+            f"training.total_batch_size ({' '.join(str(error).split())[:200]})"
+        )
     if "DataLoader worker" in str(error):
         return "a data worker died; if the machine is short of memory, lower data.workers"
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):

@@ -39,7 +39,11 @@ def step_name(step: int) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = checkpoints_folder(run)
-    found = [path for path in folder.glob("step_*") if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name)]
+    try:
+        names = os.listdir(folder)  # not glob, which takes a folder that cannot be read for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [folder / name for name in names if re.fullmatch(r"step_\d{8,}", name) and (folder / name).is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -78,7 +82,7 @@ def lock(run: Path) -> IO[str]:
 
     ValueError where another one does. (POSIX locks, which work over NFS and are not inherited by data workers.)
     """
-    file = (run / LOCK).open("w")
+    file = (run / LOCK).open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,18 +155,17 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} cannot be written ({error}); the ones before it are intact: make room, then go on "
-            "with --resume"
+            f"checkpoint {final} cannot be written ({error}); the ones before it are intact: put that right, then go "
+            "on with --resume"
         ) from error
     # (A folder of that name can only be damaged, or the run would have been resumed from it.)
     set_aside(final)
     os.replace(partial, final)
     sync(folder)
     point_links(run, step, best_step)
-    # Later steps than this one can only be damaged checkpoints that the run was resumed before: they go too.
-    kept = [path for path in checkpoints(run) if path.name <= final.name][-keep:]
-    for path in checkpoints(run):
-        if path not in kept and path.name != step_name(best_step or -1):
+    older = [path for path in checkpoints(run) if path.name <= final.name]
+    for path in older[:-keep]:
+        if path.name != step_name(best_step or -1):
             set_aside(path)
     remove_leftovers(folder)
     return final
@@ -175,6 +175,8 @@ def point_links(run: Path, step: int, best_step: int | None) -> None:
     """`latest` and `best`, from what a checkpoint says: an interruption between two renames is made good here."""
     for name, target in (("latest", step), ("best", best_step)):
         link, partial = checkpoints_folder(run) / name, checkpoints_folder(run) / f".{name}{PARTIAL}"
+        if link.is_dir() and not link.is_symlink():  # a copy that followed links
+            set_aside(link)
         if target is None or not (checkpoints_folder(run) / step_name(target)).is_dir():
             link.unlink(missing_ok=True)
             continue
@@ -187,7 +189,7 @@ def point_links(run: Path, step: int, best_step: int | None) -> None:
 def set_aside(checkpoint: Path) -> None:
     """Take a checkpoint out of the run, whole or not at all; `remove_leftovers` takes it off the disk."""
     if checkpoint.exists():
-        os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}{REMOVED}"))
+        os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}{REMOVED}"))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -218,7 +220,7 @@ def latest_intact(run: Path, say: Callable[[str], None]) -> Path:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None. OSError where they cannot be read just now."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
@@ -226,9 +228,11 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if _fingerprint(checkpoint / name) != expected:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"manifest.json cannot be read: {error}"
-    return None
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, AttributeError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None if PROGRESS in manifest else f"{MANIFEST} is incomplete"
 
 
 def _files(folder: Path) -> list[str]:

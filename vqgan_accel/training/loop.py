@@ -148,7 +148,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                 "skipped_images": progress.skipped_images,
             }
             tracking.log(progress.step, values)
-        if progress.bad_steps_in_a_row == config.training.max_bad_steps:
+        if progress.bad_steps_in_a_row >= config.training.max_bad_steps:
             stop_diverged(setup)
 
         # ---- validate

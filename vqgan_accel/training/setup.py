@@ -23,8 +23,8 @@ from vqgan_accel.describe import build_discriminator, build_tokenizer, describe,
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
-from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, lock, step_name
+from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
+from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import Plan, make_plan
@@ -67,6 +67,8 @@ def set_up(config: Config, resume: bool) -> Setup:
             "must lead to the same ones on every machine"
         )
     plan = make_plan(config, len(training_source), accelerator.num_processes)
+    run, held = Path(config.output_dir), ExitStack()
+    decided_by_main(lambda: lock_run_folder(run, held))
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(plan, resume, accelerator.print))
 
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
@@ -76,9 +78,7 @@ def set_up(config: Config, resume: bool) -> Setup:
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
     metrics.require(len(validation_source))
-    run = Path(config.output_dir)
-    held = ExitStack()
-    decided_by_main(lambda: open_run_folder(run, held))
+    decided_by_main(lambda: open_run_folder(run, held, resuming=checkpoint is not None))
 
     average = None
     if config.training.ema_decay is not None:
@@ -91,6 +91,8 @@ def set_up(config: Config, resume: bool) -> Setup:
         discriminator, optimizers["discriminator"] = accelerator.prepare(d_model, AdamW(d_groups, **adamw(plan)))
     if perceptual is not None:
         perceptual.to(device)
+
+    settle_buckets(accelerator, plan, tokenizer, discriminator)
 
     usage = CodebookUsage(config.quantizer.num_codes, device)
     state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
@@ -141,6 +143,25 @@ def set_up(config: Config, resume: bool) -> Setup:
     )
 
 
+def settle_buckets(accelerator: Accelerator, plan: Plan, tokenizer: nn.Module, discriminator: nn.Module | None) -> None:
+    """One backward pass of each network for nothing, before a checkpoint is read.
+
+    DDP lays its buckets out anew after its first reduction, and from three processes on the layout decides in which
+    order a gradient's parts are added. In a resumed run the first step's sums would be other ones, in their last bit.
+    """
+    size = plan.config.data.image_size
+    images = torch.zeros(plan.batch_size, 3, size, size, device=accelerator.device)
+    seeds = torch.zeros(plan.batch_size, dtype=torch.int64)
+    output: TokenizerOutput = tokenizer(images, seeds)
+    accelerator.backward((output.reconstruction.sum() + output.quantizer.loss) * 0)
+    accelerator.unwrap_model(tokenizer).quantizer.discard_update()
+    if discriminator is not None:
+        accelerator.backward(discriminator(images).sum() * 0)
+    for network in (tokenizer, discriminator):
+        if network is not None:
+            network.zero_grad()
+
+
 def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -> Path | None:
     """The newest intact checkpoint in output_dir, None for a new run. An earlier run there is resumed or refused.
 
@@ -164,13 +185,21 @@ def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -
     return checkpoint
 
 
-def open_run_folder(run: Path, held: ExitStack) -> None:
-    """Create and lock it. One process calls it."""
+def lock_run_folder(run: Path, held: ExitStack) -> None:
+    """Before anything in it is looked at, where it is there already. One process calls it."""
+    if run.is_dir():
+        held.enter_context(lock(run))
+
+
+def open_run_folder(run: Path, held: ExitStack, resuming: bool) -> None:
+    """Create and lock it, where that is still to be done. One process calls it."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {run} cannot be created ({error.strerror}); give another") from None
     held.enter_context(lock(run))
+    if not resuming and checkpoints(run):
+        raise ValueError(f"another process has trained in {run} meanwhile; add --resume to go on with its run")
 
 
 def record_config(run: Path, config: Config, resuming: bool) -> None:

@@ -77,8 +77,9 @@ class Tracking:
         self._tell_trackers(lambda tracker: tracker.writer.flush() if tracker.name == "tensorboard" else None)
 
     def close(self) -> None:
+        """Every rank waits for what the trackers still have to send: a launcher may end the last process."""
         self.bar.close()
-        self._tell_trackers(lambda tracker: tracker.finish())
+        decided_by_main(lambda: self._tell_trackers(lambda tracker: tracker.finish()))
 
     def _tell_trackers(self, tell: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.accelerator.trackers):
