@@ -92,7 +92,8 @@ def set_up(config: Config, resume: bool) -> Setup:
     if perceptual is not None:
         perceptual.to(device)
 
-    settle_buckets(accelerator, plan, tokenizer, discriminator)
+    if accelerator.num_processes > 1:
+        settle_buckets(accelerator, plan, tokenizer, discriminator)
 
     usage = CodebookUsage(config.quantizer.num_codes, device)
     state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
