@@ -103,7 +103,7 @@ def test_a_key_of_another_quantizer_is_told_as_such(type_, key, tmp_path):
         ("training.betas=[0.9, 1.0]", ["betas are two numbers in [0, 1)", "1.0"]),
         ("data.horizontal_flip=1", ["'data.horizontal_flip' is 1", "boolean"]),
         ("data.path=3", ["'data.path' is 3", "string"]),
-        ("data.backend=webdataset", ["'data.backend' is 'webdataset'", "'folder', 'hub' or 'ffcv'"]),
+        ("data.backend=webdataset", ["'data.backend' is 'webdataset'", "'folder', 'hub', 'ffcv', 'beton' or 'auto'"]),
         ("data.crop_scale=[0.9, 0.1]", ["crop_scale", "0 < smallest <= largest <= 1"]),
         ("data.crop_scale=0.5", ["'data.crop_scale' is 0.5"]),
         ("seed=true", ["'seed' is True", "integer"]),

@@ -82,7 +82,7 @@ def test_a_run_trains_from_betons_what_it_trains_from_files(tmp_path: Path) -> N
         for index in range(len(SIZES)):
             original(index).save(tmp_path / "files" / split / f"{index}.png")
     logs = []
-    for backend, path in (("ffcv", tmp_path / "betons"), ("folder", tmp_path / "files")):
+    for backend, path in (("beton", tmp_path / "betons"), ("folder", tmp_path / "files")):
         data = {"backend": backend, "path": str(path)}
         run = train(tiny_config(tmp_path / backend, data=data, training={"log_every": 1}))
         logs.append((run / "metrics.jsonl").read_text())
@@ -164,7 +164,7 @@ def test_the_allocation_table_is_found_by_pointer_and_not_by_order(tmp_path: Pat
 
 
 def test_a_missing_file_is_told_with_those_that_there_are(tmp_path: Path) -> None:
-    config = DataConfig(backend="ffcv", path=str(tmp_path / "betons"))
+    config = DataConfig(backend="beton", path=str(tmp_path / "betons"))
     with pytest.raises(FileNotFoundError, match=r"no folder at data\.path .*give the one that holds train\.beton"):
         open_source(config, "train")
     (tmp_path / "betons").mkdir()

@@ -80,10 +80,10 @@ def test_every_split_and_backend_is_told_of(images: Path, tmp_path: Path, monkey
     assert lines[0] == "train       5 images, 2 of them broken"
     assert any(line.startswith("validation  no folder 'validation' in data.path") for line in lines)
     assert "test        1 images, 0 of them broken" in lines
-    rates = {line.split()[0]: line for line in lines[-3:]}
-    assert rates.keys() == {"folder", "hub", "ffcv"}
+    rates = {line.split()[0]: line for line in lines[-4:]}
+    assert rates.keys() == {"folder", "hub", "ffcv", "beton"}
     assert all(rates[backend].endswith(" images/s") for backend in ("folder", "hub"))
-    assert "cannot read it: no train.beton" in rates["ffcv"]
+    assert all("cannot read it: no train.beton" in rates[backend] for backend in ("ffcv", "beton"))
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["test.png", "train.png"]
 
 

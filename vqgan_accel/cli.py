@@ -100,6 +100,24 @@ def build_parser() -> argparse.ArgumentParser:
     data_info.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     data_info.add_argument("--output", type=Path, default=Path("data_info"), help="folder for the contact sheets")
 
+    make_beton = add("make-beton", "Write a data set as FFCV's beton files.", run_make_beton)
+    make_beton.add_argument("overrides", **{**overrides, "help": "such as data.train_split=train[:90%%]"})  # type: ignore[arg-type]
+    make_beton.add_argument("--source", required=True, help="what data.path may be: a folder, a data set, a hub name")
+    make_beton.add_argument("--output", type=Path, required=True, help="folder for train.beton, validation.beton, ...")
+    make_beton.add_argument(
+        "--max-resolution",
+        type=int,
+        required=True,
+        help="pixels of the longer side, at most; of a 4:3 photograph a crop at 256 px is not enlarged from 410 px on",
+    )
+    make_beton.add_argument(
+        "--write-mode",
+        choices=("jpg", "raw", "smart"),
+        default="jpg",
+        help="jpg: small files; raw: the exact pixels, fastest; smart: raw up to 192 x 192 px, jpg above",
+    )
+    make_beton.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100")
+
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
     doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
     return parser
@@ -141,6 +159,15 @@ def run_data_info(options: argparse.Namespace) -> None:
     from vqgan_accel.data.info import data_info
 
     print("\n".join(data_info(load_config(options.config, options.overrides).data, options.output)))
+
+
+def run_make_beton(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import parse_config
+    from vqgan_accel.data.make_beton import BetonOptions, make_betons
+
+    values = {"data": {"backend": "auto", "path": options.source}, "training": {"max_steps": 1}}
+    data = parse_config(values, options.overrides, source="make-beton").data
+    make_betons(data, options.output, BetonOptions(options.max_resolution, options.write_mode, options.quality))
 
 
 def run_doctor(options: argparse.Namespace) -> None:

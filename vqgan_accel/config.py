@@ -71,19 +71,21 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    backend: Literal["folder", "hub", "ffcv"] = "folder"  # plain image files | Hugging Face datasets | FFCV's betons
+    # plain image files | Hugging Face datasets | betons by FFCV's own loader in training | betons by Pillow alone |
+    # what data.path turns out to be
+    backend: Literal["folder", "hub", "ffcv", "beton", "auto"] = "folder"
     path: str | None = None  # folder of images or betons, local data set, or (hub) its name on the Hugging Face hub
     subset: str | None = None  # hub: the configuration's name, for data sets that have several
     revision: str | None = None  # hub: branch, tag or commit of the data set
     image_column: str = "image"  # hub: the column that holds the image
-    train_split: str = "train"  # folder: PATH/train; ffcv: PATH/train.beton; hub: the split's name
+    train_split: str = "train"  # folder: PATH/train; ffcv, beton: PATH/train.beton; hub: the split's name
     validation_split: str = "validation"
     test_split: str = "test"
     image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size
     crop_scale: Annotated[tuple[float, float], Field(strict=False)] | None = (0.7, 1.0)  # training: area of the random
     # square crop over the image's area, drawn as RandomResizedCrop(ratio=1) does; null: short side resized, centre crop
     horizontal_flip: bool = True  # training: flip with probability 1/2
-    workers: int = Field(4, ge=0)  # loader processes per training process
+    workers: int = Field(4, ge=0)  # loader processes per training process; ffcv: threads, no more than there are cores
     on_error: Literal["raise", "skip"] = "raise"  # a broken image stops the run, or is replaced, counted and reported
 
     @model_validator(mode="after")

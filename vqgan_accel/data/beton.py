@@ -10,10 +10,12 @@ height, pointer); pages of data; the table of what was allocated where.
 from __future__ import annotations
 
 import hashlib
+import json
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from vqgan_accel.data.source import decode_image, listed, nearest_name
@@ -70,7 +72,7 @@ class BetonSource:
             names = listed([field["name"].decode(errors="replace") for field in fields])
             reason = f"types {unknown} of which are unknown here" if unknown else f"{len(images)} of them of images"
             raise ValueError(f"{self.file} has the fields {names}, {reason}; write it with one field of images")
-        row = np.dtype([(f"field{number}", IN_A_ROW[field["type"]]) for number, field in enumerate(fields)], align=True)
+        row = row_type([int(field["type"]) for field in fields])
         start, size = HEADER.itemsize + fields.nbytes, row.itemsize * int(header["num_samples"])
         if not size:
             raise ValueError(f"{self.file} holds no images")
@@ -81,6 +83,8 @@ class BetonSource:
         order = np.argsort(allocations["pointer"], kind="stable")
         self.pointers, self.sizes = allocations["pointer"][order], allocations["bytes"][order]
         self.content = content
+        self.field_names = [field["name"].decode(errors="replace") for field in fields]
+        self.field = images[0]  # number of the one with the images
 
     def __reduce__(self) -> tuple[type[BetonSource], tuple[Path, str, str]]:
         return BetonSource, self.arguments  # a worker that is not forked opens the file, instead of getting its content
@@ -93,6 +97,16 @@ class BetonSource:
 
     def fingerprint(self) -> str:
         return f"{len(self)} images, rows {hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"
+
+    def readable(self) -> NDArray[np.bool_]:
+        """(N,): False where a row does not fit what was allocated for it. Whether a JPEG file is intact only decoding
+        tells."""
+        rows = self.rows
+        places = np.searchsorted(self.pointers, rows["pointer"]).clip(max=len(self.pointers) - 1)
+        raw_bytes = rows["height"].astype(np.uint64) * rows["width"] * 3
+        fits = (rows["mode"] == JPG) | ((rows["mode"] == RAW) & (self.sizes[places] == raw_bytes))
+        inside = self.pointers[places] + self.sizes[places] <= len(self.content)
+        return fits & inside & (self.pointers[places] == rows["pointer"]) & (raw_bytes > 0)
 
     def open(self, index: int) -> Image.Image:
         mode, width, height, pointer = (int(value) for value in self.rows[index])
@@ -108,6 +122,27 @@ class BetonSource:
         if mode != RAW or len(data) < height * width * 3:
             raise ValueError(f"its mode {mode} or its {len(data)} bytes are not those of {width} x {height} px")
         return Image.fromarray(np.array(data[: height * width * 3]).reshape(height, width, 3))
+
+
+def row_type(field_types: list[int]) -> np.dtype[np.void]:
+    """What one sample's row looks like: field0, field1, ..., each where a C compiler would put it."""
+    return np.dtype([(f"field{number}", IN_A_ROW[kind]) for number, kind in enumerate(field_types)], align=True)
+
+
+def beton_origin(file: Path) -> dict[str, object]:
+    """What make-beton noted in the image field's arguments, which FFCV does not use: the source and the options.
+
+    Empty where another program wrote the beton.
+    """
+    with file.open("rb") as beton:
+        content = beton.read(HEADER.itemsize + FIELD.itemsize)[HEADER.itemsize :]
+    if len(content) < FIELD.itemsize:
+        return {}
+    try:
+        origin = json.loads(np.frombuffer(content, FIELD)[0]["arguments"].tobytes().rstrip(b"\0"))
+    except ValueError:
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _beton_file(root: Path, split: str, key: str) -> Path:

@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import decode_image, listed, nearest_name
+from vqgan_accel.data.source import PARQUET, decode_image, listed, nearest_name
 
 
 class HubSource:
@@ -70,8 +70,7 @@ def _load_local(path: Path, split: str, key: str) -> datasets.Dataset:
         return splits[split]
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"data.path {path} is neither a .parquet file nor a folder, which is what backend hub reads")
-    # two levels: a look into every class folder of an image folder would take minutes
-    files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+    files = [path] if path.is_file() else sorted(file for pattern in PARQUET for file in path.glob(pattern))
     if not files:
         return _built(path, split, key, "imagefolder", data_dir=glob.escape(str(path)))
     base, slice_ = _base_and_slice(split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -15,13 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.loading import Failure, TrainingViews, open_source, reason_of
+from vqgan_accel.data.loading import Failure, TrainingViews, open_source, reason_of, require_reader, training_loader
+from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
 from vqgan_accel.interruption import shield_data_worker
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels
 RATE_SECONDS = 2.0  # of decoding for each backend
+RATE_BATCH = 32  # images
 SHOWN_BROKEN = 20  # by name
 
 
@@ -75,6 +78,8 @@ def data_info(config: DataConfig, output: Path) -> list[str]:
         lines += [f"{split:<12}{first}", *(f"{'':<12}{line}" for line in [*rest, f"contact sheet {sheet}"])]
     lines.append(f"training views of {config.image_size} px on one process")
     for backend in get_args(DataConfig.model_fields["backend"].annotation):
+        if backend == "auto":
+            continue
         lines.append(f"  {backend:<10}{decode_rate(config.model_copy(update={'backend': backend}))}")
     return lines
 
@@ -131,8 +136,11 @@ def decode_rate(config: DataConfig) -> str:
     """How many training views a second one process makes, or why the backend makes none."""
     try:
         source = open_source(config, "train")
+        require_reader(config)
     except (ValueError, OSError) as error:
         return f"cannot read it: {error}"
+    if config.backend == "ffcv":
+        return _rate_of_loader(source, config)
     views = TrainingViews(source, config.model_copy(update={"on_error": "skip"}), seed=0)
     first = views[0, 0]  # beside the clock, for what it alone costs: imports, caches
     if isinstance(first, Failure):
@@ -142,6 +150,21 @@ def decode_rate(config: DataConfig) -> str:
         views[0, number % len(source)]
         number += 1
     return f"{number / (time.perf_counter() - start):,.0f} images/s"
+
+
+def _rate_of_loader(source: ImageSource, config: DataConfig) -> str:
+    """FFCV makes batches, not single views."""
+    size = min(len(source), RATE_BATCH)
+    order = TrainingOrder(
+        0, len(source), size, num_rounds=1, process_index=0, num_processes=1, start_step=0, total_steps=10**6
+    )
+    config = config.model_copy(update={"on_error": "skip", "workers": 1})
+    with closing(iter(training_loader(source, config, order, pin_memory=False))) as batches:
+        next(batches)  # beside the clock: it waits for the compiler
+        start, number = time.perf_counter(), 0
+        while time.perf_counter() < start + RATE_SECONDS:
+            number += len(next(batches)["image"])
+        return f"{number / (time.perf_counter() - start):,.0f} images/s"
 
 
 def _range(sizes: list[int]) -> str:

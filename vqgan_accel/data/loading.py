@@ -6,12 +6,13 @@ Accelerate does not prepare these loaders: the order already knows about process
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -22,9 +23,18 @@ from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.order import Key, TrainingOrder
-from vqgan_accel.data.source import ImageSource, SplitName
+from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
 from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
 from vqgan_accel.interruption import shield_data_worker
+
+if TYPE_CHECKING:
+    from vqgan_accel.data.ffcv import FfcvLoader
+
+GET_FFCV = (
+    "run `bash launch/install_ffcv.sh VENV` (Debian, Ubuntu), or set data.backend=beton, which reads the same files "
+    "with Pillow, more slowly"
+)
+REMEDY = "remove or repair it, or set data.on_error=skip"
 
 
 class Batch(TypedDict):
@@ -37,27 +47,58 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
     """The images of one split. ValueError or FileNotFoundError, one sentence, for a wrong path, split or column."""
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
-    split = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
-    key = f"data.{split_name}_split"
-    match config.backend:
+    path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
+    match backend_of(config):
         case "folder":
-            return FolderSource(Path(config.path).expanduser(), split, key)
+            return FolderSource(path, split, key)
         case "hub":
             from vqgan_accel.data.hub import HubSource  # importing `datasets` takes seconds
 
             return HubSource(config, split, key)
-        case "ffcv":
-            return BetonSource(Path(config.path).expanduser(), split, key)
+        case "ffcv" | "beton":
+            return BetonSource(path, split, key)
 
 
-def training_loader(source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool) -> ImageLoader:
+def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
+    """data.backend; for `auto` what fits data.path: betons, what `datasets` stores, a folder of files, else a name on
+    the hub. Betons are FFCV's where it is installed."""
+    if config.backend != "auto":
+        return config.backend
+    path = Path(str(config.path)).expanduser()
+    if path.is_dir() and any(path.glob("*.beton")):
+        return "ffcv" if importlib.util.find_spec("ffcv") else "beton"
+    return "folder" if path.is_dir() and not is_stored_dataset(path) else "hub"
+
+
+def require_reader(config: DataConfig) -> None:
+    """ValueError where training would need FFCV and it is not installed."""
+    if backend_of(config) == "ffcv":
+        try:
+            import vqgan_accel.data.ffcv  # noqa: F401
+        except (ImportError, OSError) as error:  # the latter where OpenCV's or libjpeg-turbo's library is missing
+            raise ValueError(f"data.backend=ffcv needs FFCV, which is not installed ({error}); {GET_FFCV}") from error
+
+
+def split_of(config: DataConfig, split_name: SplitName) -> str:
+    """What the data set itself calls it."""
+    return {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
+
+
+def training_loader(
+    source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool
+) -> ImageLoader | FfcvLoader:
     """Micro-batches in `order`, each image cropped and flipped by its key (order.seed, epoch, index).
 
     With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key.
     Iterating raises ValueError, one sentence, at a broken image otherwise, and where no image at all is readable.
+    `require_reader` has been asked before.
     """
     assert order.num_images == len(source)
     views = TrainingViews(source, config, order.seed)
+    if backend_of(config) == "ffcv":
+        from vqgan_accel.data.ffcv import FfcvLoader
+
+        return FfcvLoader(views, order, pin_memory)
     return ImageLoader(views, batch_sampler=order, **_loader_options(config, pin_memory))
 
 
@@ -93,6 +134,14 @@ class Failure:
     sentence: str
 
 
+def read_image(source: ImageSource, index: int) -> Image.Image | Failure:
+    """An image in RGB, upright, or 'NAME: why' it is broken."""
+    try:
+        return to_rgb(source.open(index))
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly every type there is
+        return Failure(f"{source.name(index)}: {reason_of(error)}")
+
+
 class _Views(Dataset[_Item | Failure]):
     """What the workers compute. A subclass says which view of an image a key stands for."""
 
@@ -105,16 +154,16 @@ class _Views(Dataset[_Item | Failure]):
         """The image at `start` or, with on_error=skip, at the first readable index after it (cyclic)."""
         for distance in range(len(self.source)):
             index = (start + distance) % len(self.source)
-            try:
-                return index, to_rgb(self.source.open(index))
-            except Exception as error:  # on damaged files Pillow's decoders raise nearly every type there is
-                broken, reason = self.source.name(index), reason_of(error)
+            image = read_image(self.source, index)
+            if isinstance(image, Image.Image):
+                return index, image
+            last = image.sentence
             if self.config.on_error == "raise":
-                return Failure(f"cannot read image {broken}: {reason}; remove or repair it, or set data.on_error=skip")
+                return Failure(f"cannot read image {last}; {REMEDY}")
             if index not in self.reported:
                 self.reported.add(index)
-                print(f"skipping image {broken}: {reason}", file=sys.stderr, flush=True)
-        return Failure(f"none of the {len(self.source)} images can be read; the last tried was {broken}: {reason}")
+                print(f"skipping image {last}", file=sys.stderr, flush=True)
+        return Failure(f"none of the {len(self.source)} images can be read; the last tried was {last}")
 
 
 class TrainingViews(_Views):

@@ -68,11 +68,16 @@ class TrainingOrder(Sampler[list[Key]]):
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch(num_images, total_batch_size)
 
+    @property
+    def batch_size(self) -> int:
+        """Images per micro-batch."""
+        return self.total_batch_size // (self.num_processes * self.num_rounds)
+
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.num_rounds
 
     def __iter__(self) -> Iterator[list[Key]]:
-        local = np.arange(self.total_batch_size // (self.num_processes * self.num_rounds))
+        local = np.arange(self.batch_size)
         order_of = -1  # the epoch that `order` belongs to
         for step in range(self.start_step, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+PARQUET = ("*.parquet", "*/*.parquet")  # two levels: a look into every class of an image folder would take minutes
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -31,6 +32,11 @@ def decode_image(file: str | Path | BytesIO) -> Image.Image:
     with Image.open(file) as image:
         image.load()
         return image
+
+
+def is_stored_dataset(folder: Path) -> bool:
+    """Whether the `datasets` library wrote it (save_to_disk), or it holds parquet files."""
+    return any(next(folder.glob(pattern), None) for pattern in ("dataset_dict.json", "state.json", *PARQUET))
 
 
 def nearest_name(wanted: str, known: Iterable[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +36,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        grey = (np.asarray(image).astype(np.int64) + 128) // 257
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        stored = np.asarray(image).astype(np.int64)
+        grey = ((stored + 128) // 257).clip(0, 255).astype(np.uint8)
+        opaque = np.where(stored == image.info.get("transparency"), 0, 255).astype(np.uint8)
+        image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(opaque)])
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+class View(NamedTuple):
+    """A square of an image (left, top, side in pixels), and whether it is mirrored after the resize."""
+
+    left: int
+    top: int
+    side: int
+    mirrored: bool
+
+
+def draw_view(
+    width: int,
+    height: int,
+    crop_scale: tuple[float, float] | None,
+    horizontal_flip: bool,
+    seed: int,
+    epoch: int,
+    index: int,
+) -> View:
+    """What training sees of image `index` in an epoch: `training_crop` (the central square where crop_scale is None),
+    and a flip with probability 1/2.
+
+    Everything random comes from (seed, epoch, index): it does not matter which worker asks, when, or after what.
+    """
+    rng = generator(AUGMENTATION, seed, epoch, index)
+    square = training_crop(width, height, crop_scale, rng) if crop_scale else _central_square(width, height)
+    return View(*square, mirrored=horizontal_flip and rng.random() < 0.5)
 
 
 def training_view(
@@ -52,16 +83,10 @@ def training_view(
     epoch: int,
     index: int,
 ) -> Tensor:
-    """An RGB image as uint8 (3, S, S): `training_crop` (the centre crop where crop_scale is None), one resize, a flip.
-
-    Everything random comes from (seed, epoch, index): it does not matter which worker asks, when, or after what.
-    """
-    rng = generator(AUGMENTATION, seed, epoch, index)
-    left, top, side = training_crop(*image.size, crop_scale, rng) if crop_scale else _central_square(*image.size)
-    square = _resized_square(image, left, top, side, image_size)
-    if horizontal_flip and rng.random() < 0.5:
-        square = ImageOps.mirror(square)
-    return _to_tensor(square)
+    """An RGB image as uint8 (3, S, S): the square of `draw_view`, resized once, mirrored or not."""
+    view = draw_view(*image.size, crop_scale, horizontal_flip, seed, epoch, index)
+    square = _resized_square(image, view.left, view.top, view.side, image_size)
+    return _to_tensor(ImageOps.mirror(square) if view.mirrored else square)
 
 
 def evaluation_view(image: Image.Image, image_size: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, flat_config, load_config, save_config
-from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, training_loader
+from vqgan_accel.data.loading import Batch, backend_of, evaluation_loader, open_source, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
@@ -58,6 +58,7 @@ def set_up(config: Config, resume: bool) -> Setup:
         folder=config.output_dir,
     )
     device = accelerator.device
+    require_reader(config.data)
     training_source = open_source(config.data, "train")
     validation_source = open_source(config.data, "validation")
     images = training_source.fingerprint()
@@ -256,7 +257,8 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         *description_lines(describe(plan.config)),
         f"batch              {training.total_batch_size} = {plan.num_processes} processes x {plan.rounds} rounds x "
         f"{plan.batch_size} images",
-        f"data               {plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch",
+        f"data               {plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch; backend "
+        f"{backend_of(plan.config.data)}",
         f"training           steps {first_step:,} to {plan.total_steps:,} "
         f"({plan.total_steps / plan.steps_per_epoch:.1f} epochs)",
         f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "

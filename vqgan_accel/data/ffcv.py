@@ -1,0 +1,204 @@
+"""Training batches from betons by FFCV's own loader (https://ffcv.io, Leclerc et al. 2023; the extra `ffcv`).
+
+FFCV reads, decodes and resizes in compiled threads. What is ours: the order, which comes from `TrainingOrder` in place
+of FFCV's samplers; the crop and the flip, which are drawn as for every other backend and handed to the compiled
+decoder; and what FFCV leaves open: broken images, errors in its thread, an end before the last batch, torch's number
+of threads.
+
+Importing this module fails where FFCV is not installed. Its last version, 1.0.2, is from 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from queue import Full
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vqgan_accel.data.beton import BetonSource
+from vqgan_accel.data.loading import Batch, Failure, TrainingViews
+from vqgan_accel.data.order import Key, TrainingOrder
+from vqgan_accel.data.transforms import draw_view
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """FFCV sets torch's number of threads whenever it sets its own, which would change the sums of a training step."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+with _torch_threads_kept():
+    import numba
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+
+BATCHES_AHEAD = 3  # that are ready before they are asked for
+JPG = 0
+ASK_AGAIN = 0.1  # seconds after which a thread that waits for room looks whether it is still needed
+
+
+class FfcvLoader:
+    """What `training_loader` promises. An image that FFCV cannot decode is left to `views`, which read it with Pillow
+    or treat it as data.on_error says."""
+
+    def __init__(self, views: TrainingViews, order: TrainingOrder, pin_memory: bool) -> None:
+        source, config = views.source, views.config
+        assert isinstance(source, BetonSource)
+        self.views = views
+        self.order = order
+        self.pin_memory = pin_memory
+        self.readable = source.readable()  # (N,)
+        self.sizes = np.stack([source.rows["width"], source.rows["height"]], 1).astype(np.int64)  # (N, 2)
+        image_field, *_ = source.field_names[source.field :]
+        pipelines: dict[str, PipelineSpec | None] = dict.fromkeys(source.field_names)
+        pipelines[image_field] = PipelineSpec(image_field, _ViewDecoder(config.image_size), [])
+        with _torch_threads_kept():
+            self.loader = Loader(
+                str(source.file),
+                batch_size=order.batch_size,
+                num_workers=max(1, min(config.workers, numba.config.NUMBA_NUM_THREADS)),
+                seed=0,  # none would draw one from numpy's global state; the order is ours
+                pipelines=pipelines,
+                batches_ahead=BATCHES_AHEAD,
+            )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        batches = _Batches(self.loader, self.order, self.squares)
+        try:
+            for keys in self.order:
+                pixels, broken = next(batches)
+                images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+                images.copy_(torch.from_numpy(pixels))  # FFCV fills these pixels again soon
+                images = images.permute(0, 3, 1, 2)
+                indices, skipped = [index for _, index in keys], 0
+                for place in np.flatnonzero(broken):
+                    item = self.views[keys[place]]
+                    if isinstance(item, Failure):
+                        raise ValueError(item.sentence)
+                    assert item.image is not None
+                    images[place], indices[place] = item.image, item.index
+                    skipped += item.skipped
+                yield {"image": images, "index": torch.tensor(indices), "skipped": skipped}
+        finally:
+            batches.end()
+
+    def squares(self, keys: list[Key]) -> NDArray[np.int64]:
+        """(B, 5): index, left, top, side, mirrored; a side of 0 where the beton itself is damaged at that image."""
+        config, seed = self.views.config, self.views.seed
+        squares = np.zeros((len(keys), 5), np.int64)
+        for row, (epoch, index) in zip(squares, keys, strict=True):
+            row[0] = index
+            if self.readable[index]:
+                width, height = self.sizes[index].tolist()
+                row[1:] = draw_view(width, height, config.crop_scale, config.horizontal_flip, seed, epoch, index)
+        return squares
+
+
+class _ViewDecoder(SimpleRGBImageDecoder):
+    """Compiled: an image's square, resized by cv2.INTER_AREA, mirrored or not."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, tuple[AllocationQuery, AllocationQuery]]:
+        shape, dtype = (self.image_size, self.image_size, 3), np.dtype("u1")
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
+        return state, (AllocationQuery(shape, dtype), AllocationQuery((1,), dtype))
+
+    def generate_code(self) -> Callable[..., Any]:
+        memory_read, threads = self.memory_read, Compiler.get_iterator()
+        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        image_size = self.image_size
+
+        def decode(squares, buffers, rows, storage):  # type: ignore[no-untyped-def]
+            views, broken = buffers  # (B, S, S, 3), (B, 1)
+            for place in threads(len(squares)):
+                index, left, top, side, mirrored = squares[place]
+                broken[place, 0] = 1
+                if side > 0:
+                    row = rows[index]
+                    height, width = np.uint32(row["height"]), np.uint32(row["width"])
+                    data = memory_read(row["data_ptr"], storage)
+                    if row["mode"] == JPG:
+                        pixels = np.empty((height, width, 3), np.uint8)
+                        broken[place, 0] = (
+                            decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0
+                        )
+                    else:
+                        pixels = data.reshape(height, width, 3)
+                        broken[place, 0] = 0
+                    resize(pixels, top, top + side, left, left + side, views[place])
+                    if mirrored:
+                        for y in range(image_size):
+                            for x in range(image_size // 2):
+                                for channel in range(3):
+                                    other = views[place, y, image_size - 1 - x, channel]
+                                    views[place, y, image_size - 1 - x, channel] = views[place, y, x, channel]
+                                    views[place, y, x, channel] = other
+            return views, broken
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode
+
+
+class _Batches(EpochIterator):
+    """FFCV's thread, for a whole run instead of an epoch: it never runs dry between two epochs.
+
+    Its errors reach who waits for it, and `end` ends it at any time.
+    """
+
+    def __init__(
+        self, loader: Loader, order: Iterable[list[Key]], squares: Callable[[list[Key]], NDArray[np.int64]]
+    ) -> None:
+        self.positions, self.squares = order, squares
+        super().__init__(loader, ())  # starts the thread
+
+    def run(self) -> None:
+        try:
+            numba.set_num_threads(self.loader.num_workers)  # of this thread
+            for number, keys in enumerate(self.positions):
+                slot = number % (self.loader.batches_ahead + 2)
+                (result,) = self.run_pipeline(number, self.squares(keys), slot, None)
+                if not self.put((slot, result)):
+                    return
+        except BaseException as error:
+            self.put((0, error))
+
+    def put(self, item: tuple[int, Any]) -> bool:
+        """False where nobody waits any more."""
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(item, timeout=ASK_AGAIN)
+                return True
+            except Full:
+                continue
+        return False
+
+    def __next__(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        result = super().__next__()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def end(self) -> None:
+        self.close()
+        self.join()
+        self.memory_allocations.clear()
