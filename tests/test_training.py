@@ -249,6 +249,9 @@ def test_a_resumed_run_goes_on_in_its_tensorboard_curves(tmp_path):
     assert [event.step for event in curves.Scalars("l1")] == [1, 2, 3, 4, 5, 6]
     logged = {line["step"]: line["l1"] for line in metrics(run) if "l1" in line}
     assert [event.value for event in curves.Scalars("l1")] == pytest.approx(list(logged.values()))
+    waited, whole = ([event.value for event in curves.Scalars(name)] for name in ("data_time", "step_time"))
+    assert len(whole) == 6 and all(0 <= some <= all_of_it for some, all_of_it in zip(waited, whole, strict=True))
+    assert not any("step_time" in line for line in metrics(run))  # which would differ from an uninterrupted run's
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path):

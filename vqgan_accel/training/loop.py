@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
-from vqgan_accel.data.loading import to_float
+from vqgan_accel.data.loading import backend_of, to_float
 from vqgan_accel.data.order import global_index
 from vqgan_accel.distributed import decided_by_main, mean_over_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
@@ -29,6 +29,7 @@ from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
 from vqgan_accel.run_folder import naming, step_name
 from vqgan_accel.training.checkpoint import save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
+from vqgan_accel.training.pace import Pace
 from vqgan_accel.training.plan import Plan
 from vqgan_accel.training.setup import Setup, set_up
 from vqgan_accel.training.steps import GeneratorStep, discriminator_backward, generator_backward
@@ -53,9 +54,11 @@ def train(config: Config, resume: bool = False) -> Path:
 def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
     accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
     quantizer, optimizers, progress = state.tokenizer.quantizer, state.optimizers, state.progress
+    pace = Pace()
 
     while progress.step < plan.total_steps:
         step = progress.step
+        pace.begin_step()
         adversarial = config.discriminator if plan.adversarial_at(step) else None
         learning = ["tokenizer", "discriminator"] if adversarial else ["tokenizer"]
 
@@ -73,7 +76,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         losses: list[dict[str, Tensor]] = []
         skipped_images = 0
         for index in range(plan.rounds):
-            batch = next(setup.batches)
+            batch = pace.next(setup.batches)
             skipped_images += batch["skipped"]
             images = to_float(batch["image"].to(accelerator.device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
             seeds = noise_seeds(plan, step, index, accelerator.process_index)
@@ -138,6 +141,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
             setup.usage.reset()
 
         # ---- log
+        pace.end_step()
         finished = progress.step == plan.total_steps
         tracking.advance({"loss": f"{values['total']:.4f}"})
         if not sound or finished or progress.step % config.training.log_every == 0 or "epoch_perplexity" in values:
@@ -147,7 +151,9 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                 "bad_steps": progress.bad_steps,
                 "skipped_images": progress.skipped_images,
             }
-            tracking.log(progress.step, values)
+            if warning := pace.warning(config.data, backend_of(config.data)):
+                tracking.say(warning)
+            tracking.log(progress.step, values, wall_clock=pace.report())
         if progress.bad_steps_in_a_row >= config.training.max_bad_steps:
             stop_diverged(setup)
 

@@ -43,13 +43,14 @@ class Tracking:
             dynamic_ncols=True,
         )
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one entry in each tracker."""
+    def log(self, step: int, values: dict[str, float], wall_clock: dict[str, float] | None = None) -> None:
+        """One line of metrics.jsonl and one entry in each tracker. What the clock says goes to the trackers alone:
+        metrics.jsonl of a resumed run holds the bytes of an uninterrupted one's."""
         if self.accelerator.is_main_process:
             line = json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}})
             with naming(self.file), self.file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        self._tell_trackers(lambda tracker: tracker.log(values, step=step))
+        self._tell_trackers(lambda tracker: tracker.log(values | (wall_clock or {}), step=step))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         def show(tracker: GeneralTracker) -> None:

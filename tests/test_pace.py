@@ -1,0 +1,66 @@
+"""data_time and step_time, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vqgan_accel.config import DataConfig
+from vqgan_accel.training.pace import ENOUGH_STEPS, Pace
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def batches(self, seconds: float) -> Iterator[int]:
+        while True:
+            self.now += seconds
+            yield 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def run(pace: Pace, clock: Clock, steps: int, data: float, compute: float, rounds: int = 1) -> None:
+    for _ in range(steps):
+        pace.begin_step()
+        for _ in range(rounds):
+            pace.next(clock.batches(data))
+        clock.now += compute
+        pace.end_step()
+        clock.now += 50  # a validation between two steps
+
+
+def test_times_are_means_over_the_steps_since_the_last_report_and_over_all_rounds(clock: Clock) -> None:
+    pace = Pace()
+    run(pace, clock, 1, data=30, compute=9)  # the first step is not counted
+    run(pace, clock, 4, data=0.25, compute=1.5, rounds=2)
+    assert pace.report() == {"data_time": 0.5, "step_time": 2.0}
+    run(pace, clock, 2, data=0, compute=1)
+    assert pace.report() == {"data_time": 0.0, "step_time": 1.0}
+    assert pace.report() == {"data_time": 0.0, "step_time": 0.0}
+
+
+@pytest.mark.parametrize(("backend", "remedy"), [("folder", "make-beton"), ("ffcv", "raise data.workers (now 3)")])
+def test_the_warning_comes_once_and_says_what_to_change(clock: Clock, backend: str, remedy: str) -> None:
+    pace, config = Pace(), DataConfig(workers=3)
+    run(pace, clock, 1 + ENOUGH_STEPS, data=1, compute=3)
+    warning = pace.warning(config, backend)
+    assert warning is not None and "25% of a step's time" in warning and remedy in warning
+    assert ("make-beton" in warning) == (backend != "ffcv")
+    assert pace.warning(config, backend) is None
+
+
+def test_no_warning_where_steps_hardly_wait_or_were_too_few(clock: Clock) -> None:
+    pace = Pace()
+    run(pace, clock, 100, data=1, compute=12)
+    assert pace.warning(DataConfig(), "folder") is None
+    pace.report()
+    run(pace, clock, ENOUGH_STEPS - 1, data=1, compute=0)
+    assert pace.warning(DataConfig(), "folder") is None
