@@ -22,9 +22,10 @@ from tiny import tiny_config
 from torch import Tensor
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data import make_beton
 from vqgan_accel.data.beton import FIELD, HEADER, BetonSource
 from vqgan_accel.data.loading import Batch, open_source, training_loader
-from vqgan_accel.data.make_beton import BetonOptions, make_betons
+from vqgan_accel.data.make_beton import BetonOptions, WriteMode, make_betons
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training import loop
@@ -255,14 +256,21 @@ def test_a_run_that_was_interrupted_within_an_epoch_goes_on_bit_for_bit(
     assert json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])["total"] > 0
 
 
-def test_ffcvs_own_decoder_reads_what_make_beton_wrote(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcvs_own_decoder_reads_what_make_beton_wrote(
+    tmp_path: Path, mode: WriteMode, os_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ffcv.loader import Loader, OrderOption
 
-    for mode in ("raw", "jpg"):
-        one_size = folders[mode].parent / f"one_size_{mode}"
-        write_images(one_size / "folder" / "train", 1)
-        make_betons(DataConfig(path=str(one_size / "folder"), workers=0), one_size, BetonOptions(64, mode, 95))
-        (batch,) = Loader(str(one_size / "train.beton"), 1, 1, order=OrderOption.SEQUENTIAL)
-        expected = np.asarray(BetonSource(one_size, "train").open(0)).astype(int)
-        assert np.abs(batch[0][0].numpy().reshape(expected.shape) - expected).mean() <= (0 if mode == "raw" else 2)
+    monkeypatch.setattr(make_beton, "page_size", lambda resolution: 4096)  # so that there are several pages
+    for index in range(9):
+        (tmp_path / "images" / "train").mkdir(parents=True, exist_ok=True)
+        noise(24, 20, seed=index).save(tmp_path / "images" / "train" / f"{index}.png")
+    make_betons(DataConfig(path=str(tmp_path / "images"), workers=0), tmp_path, BetonOptions(64, mode, 95))
+    loader = Loader(str(tmp_path / "train.beton"), 9, 1, os_cache=os_cache, order=OrderOption.SEQUENTIAL)
+    ((images,),) = [[images.numpy().reshape(9, 20, 24, 3) for images in batch] for batch in loader]
     torch.set_num_threads(1)
+    source = BetonSource(tmp_path, "train")
+    expected = np.stack([np.asarray(source.open(index)) for index in range(9)]).astype(int)
+    assert np.abs(images - expected).mean() <= (0 if mode == "raw" else 2)

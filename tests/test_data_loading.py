@@ -100,7 +100,8 @@ def test_loading_neither_uses_nor_changes_global_random_states(paths, workers):
 def test_the_config_decides_crop_and_flip(paths):
     plain = next(iter(train(paths, crop_scale=None, horizontal_flip=False)))
     views = [evaluation_view(to_rgb(Image.open(paths[index])), SIZE) for index in plain["index"]]
-    assert torch.equal(plain["image"], torch.stack(views))
+    # training resizes with torch, evaluation with Pillow
+    assert (plain["image"].int() - torch.stack(views).int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -24,7 +24,7 @@ from vqgan_accel.interruption import shield_data_worker
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels
 RATE_SECONDS = 2.0  # of decoding for each backend
-RATE_BATCH = 32  # images
+RATE_BATCH = 32  # images, where a backend makes batches
 SHOWN_BROKEN = 20  # by name
 
 

@@ -38,7 +38,7 @@ REMEDY = "remove or repair it, or set data.on_error=skip"
 
 
 class Batch(TypedDict):
-    image: Tensor  # uint8 (B, 3, S, S)
+    image: Tensor  # uint8 (B, 3, S, S); in memory (B, S, S, 3)
     index: Tensor  # int64 (B,), which image of the source each one is
     skipped: int  # broken images that were replaced (training) or left out (evaluation)
 
@@ -117,7 +117,7 @@ def evaluation_loader(
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) in [0, 255] -> float32 in [-1, 1], on the device where the images are."""
-    return images.to(torch.float32) / 127.5 - 1
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -223,18 +223,20 @@ def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
 
 
 def _collate(image_size: int, items: list[_Item | Failure]) -> Batch | Failure:
-    kept = []
+    indices: list[int] = []
+    images: list[Tensor] = []  # (S, S, 3), as they lie in memory
     skipped = 0
     for item in items:
         if isinstance(item, Failure):
             return item
         skipped += item.skipped
         if item.image is not None:
-            kept.append(item)
-    images = [item.image for item in kept]
+            indices.append(item.index)
+            images.append(item.image.permute(1, 2, 0))
+    stacked = default_collate(images) if images else torch.empty(0, image_size, image_size, 3, dtype=torch.uint8)
     return {
-        "image": default_collate(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
-        "index": torch.tensor([item.index for item in kept], dtype=torch.int64),
+        "image": stacked.permute(0, 3, 1, 2),
+        "index": torch.tensor(indices, dtype=torch.int64),
         "skipped": skipped,
     }
 

@@ -107,7 +107,6 @@ def _write(
     with naming(partial), partial.open("wb") as beton:
         page = page_size(options.max_resolution)
         end = HEADER.itemsize + FIELD.itemsize + rows.nbytes
-        end += -end % page
         beton.seek(end)
         encoded = _encoded(source, config, options)
         for item in tqdm(encoded, total=len(source), desc=title, unit="image", dynamic_ncols=True):
