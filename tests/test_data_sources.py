@@ -281,7 +281,7 @@ def test_what_datasets_cannot_read_is_one_sentence_that_names_the_path(tmp_path)
         open_source(config(tmp_path / "empty", backend="hub"), "train")
     sentence(error)
     (tmp_path / "list.csv").touch()
-    with pytest.raises(ValueError, match=r"list.csv is neither a .parquet file nor a folder"):
+    with pytest.raises(ValueError, match=r"list.csv is neither a file that ends in .*nor a folder"):
         open_source(config(tmp_path / "list.csv", backend="hub"), "train")
     with pytest.raises(FileNotFoundError, match=r"^no file or folder at data.path /nowhere; give one, or a name on"):
         open_source(config("/nowhere", backend="hub"), "train")

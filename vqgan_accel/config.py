@@ -30,9 +30,9 @@ class Duration(NamedTuple):
     value: float
     unit: Literal["steps", "epochs"]
 
-    def steps(self, steps_per_epoch: int) -> int:
-        """The duration in optimizer steps, rounded to the nearest."""
-        return round(self.value * (steps_per_epoch if self.unit == "epochs" else 1))
+    def steps(self, steps_per_epoch: int | None) -> int:
+        """The duration in optimizer steps, rounded to the nearest. None: nothing but 0 is given in epochs."""
+        return round(self.value * (steps_per_epoch or 0 if self.unit == "epochs" else 1))
 
     def __str__(self) -> str:
         unit = self.unit if self.value != 1 else self.unit[:-1]
@@ -78,6 +78,8 @@ class DataConfig(Section):
     subset: str | None = None  # hub: the configuration's name, for data sets that have several
     revision: str | None = None  # hub: branch, tag or commit of the data set
     image_column: str = "image"  # hub: the column that holds the image
+    streaming: bool = False  # hub: read in order while training, without downloading first
+    shuffle_buffer: int = Field(1000, ge=1)  # streaming: images, over all processes, that are read and shuffled at once
     train_split: str = "train"  # folder: PATH/train; ffcv, beton: PATH/train.beton; hub: the split's name
     validation_split: str = "validation"
     test_split: str = "test"
@@ -94,6 +96,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"crop_scale is [smallest, largest] with 0 < smallest <= largest <= 1, not {self.crop_scale}"
             )
+        if self.streaming and self.backend not in ("hub", "auto"):
+            raise ValueError(f"streaming is for backend hub, not for {self.backend}; set streaming=false")
         return self
 
 

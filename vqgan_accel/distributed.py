@@ -65,6 +65,14 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def gathered(mine: dict[str, Any]) -> dict[str, Any]:
+    """Every rank's entries together, on each."""
+    parts: list[Any] = [mine] * num_processes()
+    if num_processes() > 1:
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def same_everywhere(value: str) -> bool:
     """Whether every rank gave the same value."""
     values: list[Any] = [value]

@@ -11,6 +11,8 @@ EPOCH_ORDER = 1  # (seed, epoch)
 AUGMENTATION = 2  # (seed, epoch, index of the image)
 QUANTIZER_NOISE = 3  # (seed, optimizer step, index in the global batch)
 CODE_REINIT = 4  # (seed, optimizer step)
+STREAM_ORDER = 5  # (seed, lane, pass): of a stream's files
+STREAM_BLOCK = 6  # (seed, lane, pass, number of the block): of the images in a shuffle buffer
 
 
 def generator(stream: int, *position: int) -> np.random.Generator:

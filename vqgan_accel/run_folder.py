@@ -36,6 +36,10 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = checkpoints_folder(run)
@@ -44,7 +48,7 @@ def checkpoints(run: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [folder / name for name in names if re.fullmatch(r"step_\d{8,}", name) and (folder / name).is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,25 +2,24 @@
 
 FFCV reads, decodes and resizes in compiled threads. What is ours: the order, which comes from `TrainingOrder` in place
 of FFCV's samplers; the crop and the flip, which are drawn as for every other backend and handed to the compiled
-decoder; and what FFCV leaves open: broken images, errors in its thread, an end before the last batch, torch's number
-of threads.
+decoder; the thread; and what FFCV leaves open: broken images, torch's number of threads.
 
 Importing this module fails where FFCV is not installed. Its last version, 1.0.2, is from 2023.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from queue import Full
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqgan_accel.data.beton import BetonSource
+from vqgan_accel.data.background import ahead
+from vqgan_accel.data.beton import JPG, BetonSource
 from vqgan_accel.data.loading import Batch, Failure, TrainingViews
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.transforms import draw_view
@@ -47,8 +46,6 @@ with _torch_threads_kept():
     from ffcv.pipeline.pipeline_spec import PipelineSpec
 
 BATCHES_AHEAD = 3  # that are ready before they are asked for
-JPG = 0
-ASK_AGAIN = 0.1  # seconds after which a thread that waits for room looks whether it is still needed
 
 
 class FfcvLoader:
@@ -80,10 +77,9 @@ class FfcvLoader:
         return len(self.order)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        batches = _Batches(self.loader, self.order, self.squares)
-        try:
-            for keys in self.order:
-                pixels, broken = next(batches)
+        pipeline = _Pipeline(self.loader, ())
+        with closing(ahead(pipeline.batches(map(self.squares, self.order)), BATCHES_AHEAD)) as batches:
+            for keys, (pixels, broken) in zip(self.order, batches, strict=True):
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
                 images.copy_(torch.from_numpy(pixels))  # FFCV fills these pixels again soon
                 images = images.permute(0, 3, 1, 2)
@@ -96,8 +92,6 @@ class FfcvLoader:
                     images[place], indices[place] = item.image, item.index
                     skipped += item.skipped
                 yield {"image": images, "index": torch.tensor(indices), "skipped": skipped}
-        finally:
-            batches.end()
 
     def squares(self, keys: list[Key]) -> NDArray[np.int64]:
         """(B, 5): index, left, top, side, mirrored; a side of 0 where the beton itself is damaged at that image."""
@@ -159,46 +153,18 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         return decode
 
 
-class _Batches(EpochIterator):
-    """FFCV's thread, for a whole run instead of an epoch: it never runs dry between two epochs.
+class _Pipeline(EpochIterator):
+    """FFCV's buffers and compiled code, for a whole run instead of an epoch: it never runs dry between two epochs.
 
-    Its errors reach who waits for it, and `end` ends it at any time.
+    EpochIterator is a thread; `ahead` does its work, whose errors reach who waits and which ends at any time.
     """
 
-    def __init__(
-        self, loader: Loader, order: Iterable[list[Key]], squares: Callable[[list[Key]], NDArray[np.int64]]
-    ) -> None:
-        self.positions, self.squares = order, squares
-        super().__init__(loader, ())  # starts the thread
+    def start(self) -> None:
+        pass
 
-    def run(self) -> None:
-        try:
-            numba.set_num_threads(self.loader.num_workers)  # of this thread
-            for number, keys in enumerate(self.positions):
-                slot = number % (self.loader.batches_ahead + 2)
-                (result,) = self.run_pipeline(number, self.squares(keys), slot, None)
-                if not self.put((slot, result)):
-                    return
-        except BaseException as error:
-            self.put((0, error))
-
-    def put(self, item: tuple[int, Any]) -> bool:
-        """False where nobody waits any more."""
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=ASK_AGAIN)
-                return True
-            except Full:
-                continue
-        return False
-
-    def __next__(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        result = super().__next__()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def end(self) -> None:
-        self.close()
-        self.join()
-        self.memory_allocations.clear()
+    def batches(self, squares: Iterator[NDArray[np.int64]]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(B, S, S, 3) and, for each image, whether it is broken (B, 1); overwritten BATCHES_AHEAD + 2 later."""
+        numba.set_num_threads(self.loader.num_workers)  # of the thread that runs this
+        for number, batch in enumerate(squares):
+            (result,) = self.run_pipeline(number, batch, number % (BATCHES_AHEAD + 2), None)
+            yield result

@@ -1,4 +1,5 @@
-"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, an image folder) or by name from the hub.
+"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, arrow, webdataset's tars, an image folder) or by
+name from the hub.
 
 The library stores and finds the rows; decoding stays with us, so that a broken row can be named and images are
 treated alike wherever they come from.
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import PARQUET, decode_image, listed, nearest_name
+from vqgan_accel.data.source import STORES, decode_image, listed, nearest_name, stores
+
+SAVED_SHARDS = 64  # in which what save_to_disk wrote is streamed
 
 
 class HubSource:
@@ -31,17 +35,12 @@ class HubSource:
     """
 
     def __init__(self, config: DataConfig, split: str, key: str = "data.train_split") -> None:
-        path = Path(str(config.path)).expanduser()
-        if path.exists():
-            if config.subset or config.revision:
-                raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
-            with _without_progress_bars():
-                dataset = _load_local(path, split, key)
-        else:
-            dataset = _load_from_hub(config, split, key)
+        dataset = load_rows(config, split, key, streaming=False)
         self.title = f"{config.path}[{split}]"
         self.column = config.image_column
-        self.rows = _image_rows(dataset, self.column, self.title)
+        self.rows = image_rows(dataset, self.column, self.title)
+        if not len(self.rows):
+            raise ValueError(f"{self.title} has no rows; give a split that has some")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,27 +52,52 @@ class HubSource:
         return f"{len(self.rows)} images"
 
     def open(self, index: int) -> Image.Image:
-        image = self.rows[index][self.column] or {"bytes": None, "path": None}
-        if image["bytes"] is not None:
-            return decode_image(BytesIO(image["bytes"]))
-        if image["path"] is not None:
-            return decode_image(image["path"])
-        raise ValueError("the row holds no image")
+        return open_cell(self.rows[index][self.column])
 
 
-def _load_local(path: Path, split: str, key: str) -> datasets.Dataset:
+def open_cell(cell: dict[str, Any] | None) -> Image.Image:
+    """The image of a row: {bytes, path}, of which one may be None."""
+    cell = cell or {"bytes": None, "path": None}
+    if cell["bytes"] is not None:
+        return decode_image(BytesIO(cell["bytes"]))
+    if cell["path"] is not None:
+        if "://" in cell["path"]:  # a file on the hub, of a data set that is streamed
+            with fsspec.open(cell["path"], "rb") as file:
+                return decode_image(BytesIO(file.read()))
+        return decode_image(cell["path"])
+    raise ValueError("the row holds no image")
+
+
+def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
+    """The data set `config.path`: a datasets.Dataset, or an IterableDataset where streaming."""
+    path = Path(str(config.path)).expanduser()
+    if not path.exists():
+        return _load_from_hub(config, split, key, streaming)
+    if config.subset or config.revision:
+        raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
+    with _without_progress_bars():
+        return _load_local(path, split, key, streaming)
+
+
+def _load_local(path: Path, split: str, key: str, streaming: bool) -> Any:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         with _one_sentence(path):
             saved = datasets.load_from_disk(str(path))
         splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or path.name): saved}
         _require_split(split, split, splits, path, key)
-        return splits[split]
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"data.path {path} is neither a .parquet file nor a folder, which is what backend hub reads")
-    files = [path] if path.is_file() else sorted(file for pattern in PARQUET for file in path.glob(pattern))
-    if not files:
-        return _built(path, split, key, "imagefolder", data_dir=glob.escape(str(path)))
+        rows = splits[split]
+        return rows.to_iterable_dataset(min(SAVED_SHARDS, max(1, len(rows)))) if streaming else rows
+    if path.is_file() and path.suffix not in STORES:
+        raise ValueError(
+            f"data.path {path} is none of {', '.join(STORES)} nor a folder, which is what backend hub reads"
+        )
+    files = [path] if path.is_file() else stores(path)
     base, slice_ = _base_and_slice(split)
+    if not files:
+        # Named by us where we can: `datasets` itself takes a class folder named "test" for the split.
+        own = {base: f"{glob.escape(str(path / base))}/**"} if (path / base).is_dir() else None
+        where = {"data_files": own} if own else {"data_dir": glob.escape(str(path))}
+        return _built(path, split, key, streaming, "imagefolder", **where)
     folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
     chosen = [
         glob.escape(str(file))
@@ -83,22 +107,24 @@ def _load_local(path: Path, split: str, key: str) -> datasets.Dataset:
     if not chosen:
         names = {re.split("[-_.]", file.stem)[0] for file in files} | set(folders.values())
         _require_split(split, base, names, path, key)
-    return _built(path, "rows" + slice_, key, "parquet", data_files={"rows": chosen})
+    return _built(path, "rows" + slice_, key, streaming, STORES[files[0].suffix], data_files={"rows": chosen})
 
 
-def _load_from_hub(config: DataConfig, split: str, key: str) -> datasets.Dataset:
+def _load_from_hub(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
     path = str(config.path)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
         raise FileNotFoundError(f"no file or folder at data.path {path}; give one, or a name on the Hugging Face hub")
-    return _built(path, split, key, path, config.subset, revision=config.revision)
+    return _built(path, split, key, streaming, path, config.subset, revision=config.revision)
 
 
-def _built(path: Path | str, split: str, key: str, *arguments: Any, **options: Any) -> datasets.Dataset:
+def _built(path: Path | str, split: str, key: str, streaming: bool, *arguments: Any, **options: Any) -> Any:
     """What datasets.load_dataset(*arguments, **options) gives, but a wrong split is found before a long download."""
     with _one_sentence(path):
         builder = datasets.load_dataset_builder(*arguments, **options)
     _require_split(split, _base_and_slice(split)[0], builder.info.splits or builder.config.data_files, path, key)
     with _one_sentence(path):
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
@@ -117,7 +143,7 @@ def _require_split(split: str, base: str, known: Iterable[str], path: Path | str
         raise ValueError(f"no split '{split}' in data.path {path}; {hint}")
 
 
-def _image_rows(dataset: datasets.Dataset, column: str, title: str) -> datasets.Dataset:
+def image_rows(dataset: Any, column: str, title: str) -> Any:
     """The one column, each row {bytes, path} or None."""
     columns = dataset.column_names
     if column not in columns:
@@ -125,8 +151,6 @@ def _image_rows(dataset: datasets.Dataset, column: str, title: str) -> datasets.
         near = images[0] if len(images) == 1 else nearest_name(column, images or columns)
         hint = f"did you mean data.image_column={near}?" if near else "set data.image_column to one of them"
         raise ValueError(f"no column '{column}' in {title}, which has {listed(columns)}; {hint}")
-    if not len(dataset):
-        raise ValueError(f"{title} has no rows; give a split that has some")
     dataset = dataset.select_columns([column])
     try:
         return dataset.cast_column(column, datasets.Image(decode=False))

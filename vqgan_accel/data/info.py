@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.loading import Failure, TrainingViews, open_source, reason_of, require_reader, training_loader
+from vqgan_accel.data.loading import Failure, TrainingViews, open_indexed, reason_of, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
@@ -61,14 +61,14 @@ class SplitInfo:
 def data_info(config: DataConfig, output: Path) -> list[str]:
     """Every image of every split is decoded once. Writes output/SPLIT.png and returns lines for the user.
 
-    Errors are those of open_source for the training split; another split that is not there is said so.
+    Errors are those of open_indexed for the training split; another split that is not there is said so.
     """
-    open_source(config, "train")
+    open_indexed(config, "train")
     output.mkdir(parents=True, exist_ok=True)
     lines = []
     for split in get_args(SplitName):
         try:
-            source = open_source(config, split)
+            source = open_indexed(config, split)
         except (ValueError, OSError) as error:
             lines.append(f"{split:<12}{error}")
             continue
@@ -135,7 +135,7 @@ def contact_sheet(source: ImageSource) -> Image.Image:
 def decode_rate(config: DataConfig) -> str:
     """How many training views a second one process makes, or why the backend makes none."""
     try:
-        source = open_source(config, "train")
+        source = open_indexed(config, "train")
         require_reader(config)
     except (ValueError, OSError) as error:
         return f"cannot read it: {error}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from vqgan_accel.interruption import shield_data_worker
 
 if TYPE_CHECKING:
     from vqgan_accel.data.ffcv import FfcvLoader
+    from vqgan_accel.data.stream import StreamOrder, StreamSource
 
 GET_FFCV = (
     "run `bash launch/install_ffcv.sh VENV` (Debian, Ubuntu), or set data.backend=beton, which reads the same files "
@@ -43,8 +44,24 @@ class Batch(TypedDict):
     skipped: int  # broken images that were replaced (training) or left out (evaluation)
 
 
-def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
-    """The images of one split. ValueError or FileNotFoundError, one sentence, for a wrong path, split or column."""
+def open_source(config: DataConfig, split_name: SplitName) -> ImageSource | StreamSource:
+    """The images of one split: by index, or one after another where data.streaming.
+
+    ValueError or FileNotFoundError, one sentence, for a wrong path, split or column.
+    """
+    if not config.streaming:
+        return open_indexed(config, split_name)
+    if config.path is None or backend_of(config) != "hub":
+        raise ValueError(
+            f"data.streaming is for Hugging Face data sets, and data.path {config.path} is none; set it to false"
+        )
+    from vqgan_accel.data.stream import StreamSource  # importing `datasets` takes seconds
+
+    return StreamSource(config, split_of(config, split_name), f"data.{split_name}_split")
+
+
+def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
+    """The same where every image must be found by its index: a stream, which cannot, is downloaded."""
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
     path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
@@ -52,7 +69,7 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource:
         case "folder":
             return FolderSource(path, split, key)
         case "hub":
-            from vqgan_accel.data.hub import HubSource  # importing `datasets` takes seconds
+            from vqgan_accel.data.hub import HubSource
 
             return HubSource(config, split, key)
         case "ffcv" | "beton":
@@ -70,6 +87,11 @@ def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
     return "folder" if path.is_dir() and not is_stored_dataset(path) else "hub"
 
 
+def count_images(source: ImageSource | StreamSource) -> int | None:
+    """None for a stream that does not know."""
+    return len(source) if isinstance(source, ImageSource) else source.num_images
+
+
 def require_reader(config: DataConfig) -> None:
     """ValueError where training would need FFCV and it is not installed."""
     if backend_of(config) == "ffcv":
@@ -84,16 +106,40 @@ def split_of(config: DataConfig, split_name: SplitName) -> str:
     return {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
 
 
+def training_order(
+    source: ImageSource | StreamSource,
+    config: DataConfig,
+    stream_states: dict[str, dict[str, Any]] | None = None,
+    **position: int,
+) -> TrainingOrder | StreamOrder:
+    """Which images this process sees, and when. `position`: what TrainingOrder takes beside the number of images.
+    `stream_states`: where a stream stood at start_step, of all processes.
+
+    ValueError where there are too few images, or too few shards of a stream.
+    """
+    if isinstance(source, ImageSource):
+        return TrainingOrder(num_images=len(source), **position)
+    from vqgan_accel.data.stream import StreamOrder
+
+    return StreamOrder(source, shuffle_buffer=config.shuffle_buffer, states=stream_states, **position)
+
+
 def training_loader(
-    source: ImageSource, config: DataConfig, order: TrainingOrder, pin_memory: bool
+    source: ImageSource | StreamSource, config: DataConfig, order: TrainingOrder | StreamOrder, pin_memory: bool
 ) -> ImageLoader | FfcvLoader:
     """Micro-batches in `order`, each image cropped and flipped by its key (order.seed, epoch, index).
 
-    With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key.
+    With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key; in a
+    stream by the next readable one of the micro-batch.
     Iterating raises ValueError, one sentence, at a broken image otherwise, and where no image at all is readable.
     `require_reader` has been asked before.
     """
-    assert order.num_images == len(source)
+    if not isinstance(source, ImageSource):
+        from vqgan_accel.data.stream import StreamTrainingViews
+
+        rows = StreamTrainingViews(source, config, order.seed)
+        return ImageLoader(rows, batch_sampler=order, **_loader_options(config, pin_memory))
+    assert isinstance(order, TrainingOrder) and order.num_images == len(source)
     views = TrainingViews(source, config, order.seed)
     if backend_of(config) == "ffcv":
         from vqgan_accel.data.ffcv import FfcvLoader
@@ -103,13 +149,27 @@ def training_loader(
 
 
 def evaluation_loader(
-    source: ImageSource, config: DataConfig, batch_size: int, process_index: int, num_processes: int, pin_memory: bool
+    source: ImageSource | StreamSource,
+    config: DataConfig,
+    batch_size: int,
+    process_index: int,
+    num_processes: int,
+    pin_memory: bool,
 ) -> ImageLoader:
-    """The images process_index, process_index + num_processes, ...: over all processes each one exactly once.
+    """The images (of a stream the shards) process_index, process_index + num_processes, ...: over all processes each
+    image exactly once.
 
     Nothing is padded: the last batch may be small, and processes may have different numbers of batches. With
     data.on_error=skip broken images are left out, so that a batch may even be (0, 3, S, S). Errors as in training.
     """
+    if not isinstance(source, ImageSource):
+        from vqgan_accel.data.stream import StreamEvaluationViews, StreamShare
+
+        rows, share = (
+            StreamEvaluationViews(source, config),
+            StreamShare(source, batch_size, process_index, num_processes),
+        )
+        return ImageLoader(rows, batch_sampler=share, **_loader_options(config, pin_memory))
     shard = range(process_index, len(source), num_processes)
     views = _EvaluationViews(source, config)
     return ImageLoader(views, sampler=shard, batch_size=batch_size, **_loader_options(config, pin_memory))
@@ -121,7 +181,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     index: int
     image: Tensor | None  # None: broken and left out
     skipped: int
@@ -136,13 +196,17 @@ class Failure:
 
 def read_image(source: ImageSource, index: int) -> Image.Image | Failure:
     """An image in RGB, upright, or 'NAME: why' it is broken."""
+    return rgb_or_failure(lambda: source.open(index), source.name(index))
+
+
+def rgb_or_failure(open_image: Callable[[], Image.Image], name: str) -> Image.Image | Failure:
     try:
-        return to_rgb(source.open(index))
+        return to_rgb(open_image())
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every type there is
-        return Failure(f"{source.name(index)}: {reason_of(error)}")
+        return Failure(f"{name}: {reason_of(error)}")
 
 
-class _Views(Dataset[_Item | Failure]):
+class _Views(Dataset[Item | Failure]):
     """What the workers compute. A subclass says which view of an image a key stands for."""
 
     def __init__(self, source: ImageSource, config: DataConfig) -> None:
@@ -166,32 +230,35 @@ class _Views(Dataset[_Item | Failure]):
         return Failure(f"none of the {len(self.source)} images can be read; the last tried was {last}")
 
 
+def augmented(image: Image.Image, config: DataConfig, seed: int, epoch: int, index: int) -> Tensor:
+    """uint8 (3, S, S): what training sees of an image."""
+    return training_view(image, config.image_size, config.crop_scale, config.horizontal_flip, seed, epoch, index)
+
+
 class TrainingViews(_Views):
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
         super().__init__(source, config)
         self.seed = seed
 
-    def __getitem__(self, key: Key) -> _Item | Failure:
+    def __getitem__(self, key: Key) -> Item | Failure:
         epoch, wanted = key
         found = self.first_readable(wanted)
         if isinstance(found, Failure):
             return found
         index, image = found
-        config = self.config
-        augmentation = (config.crop_scale, config.horizontal_flip, self.seed, epoch, index)
-        return _Item(index, training_view(image, config.image_size, *augmentation), skipped=int(index != wanted))
+        return Item(index, augmented(image, self.config, self.seed, epoch, index), skipped=int(index != wanted))
 
 
 class _EvaluationViews(_Views):
-    def __getitem__(self, wanted: int) -> _Item | Failure:
+    def __getitem__(self, wanted: int) -> Item | Failure:
         # a readable neighbour is not used, but shows that the data set is not wholly broken
         found = self.first_readable(wanted)
         if isinstance(found, Failure):
             return found
         index, image = found
         if index != wanted:
-            return _Item(wanted, None, skipped=1)
-        return _Item(index, evaluation_view(image, self.config.image_size), skipped=0)
+            return Item(wanted, None, skipped=1)
+        return Item(index, evaluation_view(image, self.config.image_size), skipped=0)
 
 
 class ImageLoader(DataLoader[Any]):
@@ -222,7 +289,7 @@ def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     }
 
 
-def _collate(image_size: int, items: list[_Item | Failure]) -> Batch | Failure:
+def _collate(image_size: int, items: list[Item | Failure]) -> Batch | Failure:
     indices: list[int] = []
     images: list[Tensor] = []  # (S, S, 3), as they lie in memory
     skipped = 0

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import ALLOCATION, FIELD, HEADER, IMAGE_TYPE, JPG, RAW, VERSION, beton_origin, row_type
-from vqgan_accel.data.loading import REMEDY, Failure, open_source, read_image, split_of
+from vqgan_accel.data.loading import REMEDY, Failure, open_indexed, read_image, split_of
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.interruption import shield_data_worker
 from vqgan_accel.run_folder import naming, sync
@@ -54,12 +54,12 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
     there that was made of something else, and, unless data.on_error=skip, for a broken image.
     """
     _check(options)
-    open_source(config, "train")  # a wrong path is told at once; of the other splits some may be missing
+    open_indexed(config, "train")  # a wrong path is told at once; of the other splits some may be missing
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for split_name in get_args(SplitName):
         try:
-            source = open_source(config, split_name)
+            source = open_indexed(config, split_name)
         except (FileNotFoundError, ValueError) as error:
             print(f"{split_name}: left out, for {error}", flush=True)
             continue

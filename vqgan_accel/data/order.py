@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,10 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.num_rounds
+
+    def states_at(self, step: int) -> dict[str, Any]:
+        """Nothing: the step says it all."""
+        return {}
 
     def __iter__(self) -> Iterator[list[Key]]:
         local = np.arange(self.batch_size)

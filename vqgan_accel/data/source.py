@@ -6,14 +6,16 @@ import difflib
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
-PARQUET = ("*.parquet", "*/*.parquet")  # two levels: a look into every class of an image folder would take minutes
+# Files of many images: ending -> the `datasets` builder that reads them.
+STORES = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 SplitName = Literal["train", "validation", "test"]
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
@@ -35,8 +37,19 @@ def decode_image(file: str | Path | BytesIO) -> Image.Image:
 
 
 def is_stored_dataset(folder: Path) -> bool:
-    """Whether the `datasets` library wrote it (save_to_disk), or it holds parquet files."""
-    return any(next(folder.glob(pattern), None) for pattern in ("dataset_dict.json", "state.json", *PARQUET))
+    """Whether the `datasets` library wrote it (save_to_disk), or it holds files of many images."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or bool(stores(folder))
+
+
+def stores(folder: Path) -> list[Path]:
+    """The files of many images in a folder, all of one kind, sorted.
+
+    Two levels: a look into every class folder of an image folder would take minutes.
+    """
+    for ending in STORES:
+        if files := sorted([*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}")]):
+            return files
+    return []
 
 
 def nearest_name(wanted: str, known: Iterable[str]) -> str | None:

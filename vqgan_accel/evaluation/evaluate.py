@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, load_config, parse_config
-from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, to_float
+from vqgan_accel.data.loading import Batch, count_images, evaluation_loader, open_source, to_float
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
@@ -105,7 +105,8 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
-    metrics.require(len(source))
+    if (number := count_images(source)) is not None:
+        metrics.require(number)
     output = output or (config_file.parent if config_file else folder) / "evaluation" / settings.split
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ step_00001000/
   tokenizer_ema/        the same of the averaged weights, where training keeps them
   discriminator.safetensors
   optimizers.safetensors  the moments of both optimizers; rates and other settings follow from the config
+  stream.json           where each lane of a stream stands, where data.streaming
   progress.json         position, counters, results so far, use of the codes in the current epoch
   manifest.json         size and sha256 of every file above
 
@@ -21,8 +22,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,6 +47,7 @@ from vqgan_accel.run_folder import (
 DISCRIMINATOR = "discriminator.safetensors"
 OPTIMIZERS = "optimizers.safetensors"
 PROGRESS = "progress.json"
+STREAM = "stream.json"
 MANIFEST = "manifest.json"
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of folders on their way in and out
 
@@ -70,6 +73,7 @@ class TrainingState:
     optimizers: dict[str, Optimizer]
     code_counts: Tensor  # (K,) use since the epoch began, over all processes
     progress: Progress
+    stream: dict[str, Any] = field(default_factory=dict)  # lane -> where it stands, of all processes
 
     @property
     def averaged_tokenizer(self) -> ImageTokenizer | None:
@@ -89,6 +93,14 @@ def write_state(state: TrainingState, folder: Path) -> None:
     averaged = int(state.average.n_averaged) if state.average is not None else 0
     progress = asdict(state.progress) | {"code_counts": state.code_counts.tolist(), "averaged_steps": averaged}
     write_json(folder / PROGRESS, progress)
+    if state.stream:
+        write_json(folder / STREAM, state.stream)
+
+
+def read_stream(folder: Path) -> dict[str, Any]:
+    """Empty where the run did not read a stream."""
+    file = folder / STREAM
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def read_state(state: TrainingState, folder: Path) -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
 from vqgan_accel.data.loading import backend_of, to_float
 from vqgan_accel.data.order import global_index
-from vqgan_accel.distributed import decided_by_main, mean_over_processes, sum_over_processes
+from vqgan_accel.distributed import decided_by_main, gathered, mean_over_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
@@ -127,7 +127,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         progress.skipped_images += int(sum_over_processes(torch.tensor(skipped_images, device=accelerator.device)))
 
         # ---- the codebook at the end of an epoch
-        if progress.step % plan.steps_per_epoch == 0:
+        if plan.ends_epoch(progress.step):
             values |= {f"epoch_{name}": value for name, value in setup.usage.metrics().items()}
             if sound and (source := plan.reinit_at(step)):
                 values["reinitialised_codes"] = reinitialise_unused(
@@ -146,7 +146,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         tracking.advance({"loss": f"{values['total']:.4f}"})
         if not sound or finished or progress.step % config.training.log_every == 0 or "epoch_perplexity" in values:
             values |= {
-                "epoch": progress.step / plan.steps_per_epoch,
+                **({"epoch": progress.step / plan.steps_per_epoch} if plan.steps_per_epoch else {}),
                 "learning_rate": plan.learning_rate_at(step),
                 "bad_steps": progress.bad_steps,
                 "skipped_images": progress.skipped_images,
@@ -246,6 +246,7 @@ def save(setup: Setup, extra: int = 0) -> None:
     """A checkpoint of the current step, by the main process while the others wait; `extra` more older ones are kept."""
     progress = setup.state.progress
     keep = setup.plan.config.training.keep_checkpoints + extra
+    setup.state.stream = gathered(setup.order.states_at(progress.step))
 
     def write() -> None:
         setup.tracking.sync()

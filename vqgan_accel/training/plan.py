@@ -15,10 +15,10 @@ from vqgan_accel.training.schedules import cosine, learning_rate
 @dataclass(frozen=True)
 class Plan:
     config: Config
-    num_images: int
+    num_images: int | None  # None: a stream of unknown length, for which nothing counts epochs
     num_processes: int
     batch_size: int  # images per process and accumulation round
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     total_steps: int
     learning_rate: float  # at its peak
     warmup_steps: int
@@ -31,6 +31,10 @@ class Plan:
     def rounds(self) -> int:
         """Accumulation rounds per optimizer step."""
         return self.config.training.gradient_accumulation_steps
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch is complete after `step` steps."""
+        return self.steps_per_epoch is not None and step % self.steps_per_epoch == 0
 
     def learning_rate_at(self, step: int) -> float:
         final = self.learning_rate * self.config.training.lr_final_ratio
@@ -57,11 +61,12 @@ class Plan:
         quantizer = self.config.quantizer
         if isinstance(quantizer, GumbelQuantizerConfig) or quantizer.reinit_every_epochs is None:
             return None
+        assert self.steps_per_epoch is not None  # make_plan has seen to it
         due = (step + 1) % (quantizer.reinit_every_epochs * self.steps_per_epoch) == 0
         return quantizer.reinit_from if due else None
 
 
-def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
+def make_plan(config: Config, num_images: int | None, num_processes: int) -> Plan:
     """Raises ValueError, naming the keys, for combinations that cannot be trained."""
     training = config.training
     total, rounds = training.total_batch_size, training.gradient_accumulation_steps
@@ -79,9 +84,11 @@ def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
             f"{num_processes} processes) cannot be split into discriminator.minibatch_stddev_group "
             f"{config.discriminator.minibatch_stddev_group}; make them a multiple of it"
         )
-    epoch = steps_per_epoch(num_images, total)
+    if num_images is None:
+        require_steps(config)
+    epoch = steps_per_epoch(num_images, total) if num_images is not None else None
     limits = [training.max_steps] if training.max_steps is not None else []
-    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None else []
+    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None and epoch is not None else []
     total_steps = min(limits)
     if total_steps < 1:
         raise ValueError(f"training.max_epochs {training.max_epochs} is less than one step of {epoch} an epoch")
@@ -108,3 +115,31 @@ def make_plan(config: Config, num_images: int, num_processes: int) -> Plan:
         validate_every=max(1, training.validate_every.steps(epoch)),
         checkpoint_every=max(1, training.checkpoint_every.steps(epoch)),
     )
+
+
+def require_steps(config: Config) -> None:
+    """ValueError, naming every key, where something is given in epochs of a data set whose length nobody knows."""
+    training, quantizer = config.training, config.quantizer
+    lengths = {
+        "training.lr_warmup": training.lr_warmup,
+        "training.lr_decay": training.lr_decay,
+        "training.validate_every": training.validate_every,
+        "training.checkpoint_every": training.checkpoint_every,
+        "discriminator.start": config.discriminator.start if config.discriminator else None,
+    }
+    if isinstance(quantizer, GumbelQuantizerConfig):
+        lengths |= {
+            "quantizer.temperature_decay": quantizer.temperature_decay,
+            "quantizer.kl_warmup": quantizer.kl_warmup,
+        }
+    given = {key: str(length) for key, length in lengths.items() if length and length.unit == "epochs" and length.value}
+    if training.max_epochs is not None:
+        given["training.max_epochs"] = f"{training.max_epochs:g}"
+    if not isinstance(quantizer, GumbelQuantizerConfig) and quantizer.reinit_every_epochs is not None:
+        given["quantizer.reinit_every_epochs"] = str(quantizer.reinit_every_epochs)
+    if given or training.max_steps is None:
+        listed = ", ".join(f"{key} is {value}" for key, value in given.items())
+        raise ValueError(
+            "the length of the streamed data set is not known, so nothing can be counted in epochs; give "
+            f"training.max_steps and every duration in steps ({listed}), or set data.streaming=false"
+        )

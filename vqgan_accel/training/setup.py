@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,18 +17,30 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, flat_config, load_config, save_config
-from vqgan_accel.data.loading import Batch, backend_of, evaluation_loader, open_source, require_reader, training_loader
+from vqgan_accel.data.loading import (
+    Batch,
+    backend_of,
+    count_images,
+    evaluation_loader,
+    open_source,
+    require_reader,
+    training_loader,
+    training_order,
+)
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
-from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name
-from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state
+from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name, step_of
+from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import Plan, make_plan
 from vqgan_accel.training.tracking import Tracking, check_trackers
+
+if TYPE_CHECKING:
+    from vqgan_accel.data.stream import StreamOrder
 
 
 @dataclass
@@ -42,6 +54,7 @@ class Setup:
     perceptual: nn.Module | None
     state: TrainingState  # the unwrapped networks and all else that a checkpoint holds
     usage: CodebookUsage
+    order: TrainingOrder | StreamOrder
     batches: Generator[Batch, None, None]  # from the resumed step to the last; closing it ends its workers
     validation_batches: Iterable[Batch]
     metrics: Metrics
@@ -67,10 +80,23 @@ def set_up(config: Config, resume: bool) -> Setup:
             f"the processes see different training images ({images} on process {accelerator.process_index}); data.path "
             "must lead to the same ones on every machine"
         )
-    plan = make_plan(config, len(training_source), accelerator.num_processes)
+    plan = make_plan(config, count_images(training_source), accelerator.num_processes)
     run, held = Path(config.output_dir), ExitStack()
     decided_by_main(lambda: lock_run_folder(run, held))
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(plan, resume, accelerator.print))
+
+    order = training_order(
+        training_source,
+        config.data,
+        read_stream(checkpoint) if checkpoint else None,
+        seed=config.seed,
+        total_batch_size=config.training.total_batch_size,
+        num_rounds=plan.rounds,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        start_step=step_of(checkpoint) if checkpoint else 0,
+        total_steps=plan.total_steps,
+    )
 
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
     model, d_model = build_tokenizer(config), build_discriminator(config)
@@ -78,7 +104,8 @@ def set_up(config: Config, resume: bool) -> Setup:
     metrics = Metrics(
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
-    metrics.require(len(validation_source))
+    if (number := count_images(validation_source)) is not None:
+        metrics.require(number)
     decided_by_main(lambda: open_run_folder(run, held, resuming=checkpoint is not None))
 
     average = None
@@ -110,16 +137,6 @@ def set_up(config: Config, resume: bool) -> Setup:
     decided_by_main(lambda: record_config(run, config, resuming=checkpoint is not None))
     show_banner(accelerator, plan, state.progress.step, checkpoint)
 
-    order = TrainingOrder(
-        seed=config.seed,
-        num_images=len(training_source),
-        total_batch_size=config.training.total_batch_size,
-        num_rounds=plan.rounds,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        start_step=state.progress.step,
-        total_steps=plan.total_steps,
-    )
     pin_memory = device.type == "cuda"
     return Setup(
         accelerator=accelerator,
@@ -131,6 +148,7 @@ def set_up(config: Config, resume: bool) -> Setup:
         perceptual=perceptual,
         state=state,
         usage=usage,
+        order=order,
         batches=iter(training_loader(training_source, config.data, order, pin_memory)),
         validation_batches=evaluation_loader(
             validation_source,
@@ -257,10 +275,10 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         *description_lines(describe(plan.config)),
         f"batch              {training.total_batch_size} = {plan.num_processes} processes x {plan.rounds} rounds x "
         f"{plan.batch_size} images",
-        f"data               {plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch; backend "
-        f"{backend_of(plan.config.data)}",
-        f"training           steps {first_step:,} to {plan.total_steps:,} "
-        f"({plan.total_steps / plan.steps_per_epoch:.1f} epochs)",
+        f"data               {_counted(plan)}; backend {backend_of(plan.config.data)}"
+        + (", streaming" if plan.config.data.streaming else ""),
+        f"training           steps {first_step:,} to {plan.total_steps:,}"
+        + (f" ({plan.total_steps / plan.steps_per_epoch:.1f} epochs)" if plan.steps_per_epoch else ""),
         f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "
         f"{training.total_batch_size}/{training.base_batch_size}; warm-up {plan.warmup_steps} steps, cosine to "
         f"{plan.learning_rate * training.lr_final_ratio:.3g} over {plan.decay_steps:,}",
@@ -269,3 +287,9 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         f"{plan.checkpoint_every} a checkpoint",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _counted(plan: Plan) -> str:
+    if plan.num_images is None:
+        return "an unknown number of training images"
+    return f"{plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch"
