@@ -329,3 +329,23 @@ def test_loading_local_data_is_silent_and_leaves_the_bars_as_they_were(folder, t
     open_source(config(path, backend="hub"), "train")
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
+
+
+def test_data_on_disk_asks_nobody_on_the_network(tmp_path, monkeypatch):
+    write_images(tmp_path / "train", 1)
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append(1))
+    assert len(open_source(config(tmp_path, backend="hub"), "train")) == 1
+    assert not asked
+
+
+def test_class_folders_named_like_splits_stay_in_the_split_that_holds_them(tmp_path):
+    for split in ("train", "validation"):
+        for name in ("cat", "train", "test"):
+            write_images(tmp_path / split / name, 1)
+    for streaming in (False, True):
+        data = config(tmp_path, backend="hub", streaming=streaming)
+        for split in ("train", "validation"):
+            loader = evaluation_loader(open_source(data, split), data, 4, 0, 1, pin_memory=False)
+            assert sum(len(batch["index"]) for batch in loader) == 3

@@ -75,7 +75,7 @@ def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
         return _load_from_hub(config, split, key, streaming)
     if config.subset or config.revision:
         raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
-    with _without_progress_bars():
+    with _locally():
         return _load_local(path, split, key, streaming)
 
 
@@ -88,9 +88,7 @@ def _load_local(path: Path, split: str, key: str, streaming: bool) -> Any:
         rows = splits[split]
         return rows.to_iterable_dataset(min(SAVED_SHARDS, max(1, len(rows)))) if streaming else rows
     if path.is_file() and path.suffix not in STORES:
-        raise ValueError(
-            f"data.path {path} is none of {', '.join(STORES)} nor a folder, which is what backend hub reads"
-        )
+        raise ValueError(f"data.path {path} is neither a file that ends in {listed([*STORES])} nor a folder")
     files = [path] if path.is_file() else stores(path)
     base, slice_ = _base_and_slice(split)
     if not files:
@@ -181,12 +179,15 @@ def _one_sentence(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """For local data, where they flash by once per process; a download from the hub keeps its bars."""
-    were_off = datasets.are_progress_bars_disabled()
+def _locally() -> Iterator[None]:
+    """For data on disk: no progress bars, which flash by once per process, and no word to the hub, which `datasets`
+    asks to count even these; without a network that takes 5 s."""
+    were_off, counted = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
         if not were_off:
             datasets.enable_progress_bars()
