@@ -80,7 +80,7 @@ def fields() -> set[Read]:
 
 
 def train_every_kind(folder: Path) -> None:
-    """Each quantizer; discriminator, R1, accumulation, averaging, trackers, a broken image, the hub's folder reader."""
+    """Each quantizer; discriminator, R1, accumulation, averaging, trackers, a broken image, the hub, a stream."""
     adversarial = {**DISCRIMINATOR, "adaptive_weight": True, "r1_weight": 1.0, "r1_every": 2, "start": "1 step"}
     everything = {
         "max_steps": 3,
@@ -98,6 +98,8 @@ def train_every_kind(folder: Path) -> None:
     evaluate(folder / "entropy" / "run", ["evaluation.split=test"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
     train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
+    steps = {"validate_every": "2 steps", "checkpoint_every": "2 steps"}
+    train(tiny_config(folder / "stream", data=hub | {"streaming": True}, training=steps))
 
 
 def read_what_a_network_connection_would(folder: Path) -> None:
@@ -145,5 +147,5 @@ def test_reads_by_tests_checks_and_pydantic_do_not_count():
     assert reads == set()
     with recording() as reads, pytest.raises(ValueError, match=r"data\.path"):
         open_source(config.data, "train")
-    assert reads == {("DataConfig", "path")}
+    assert reads == {("DataConfig", "streaming"), ("DataConfig", "path")}
     assert "__getattribute__" not in vars(Section)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -17,11 +20,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import noise
-from ranks import run_ranks
 from runs import assert_same_bits, metrics
 from tiny import tiny_config
 
@@ -34,6 +35,7 @@ from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training import loop
 from vqgan_accel.training.loop import train
 
+REPOSITORY = Path(__file__).parent.parent
 SIZE, SEED = 16, 3
 ROWS = (5, 7, 4, 6)  # of each shard
 TOTAL = sum(ROWS)
@@ -342,17 +344,25 @@ def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(
 
 
 def test_two_real_processes_train_what_one_trains_and_save_the_lanes_of_both(parquet: Path, tmp_path: Path) -> None:
-    logs = []
-    AcceleratorState._reset_state(reset_partial_state=True)  # of runs in this process, which the ranks inherit
-    GradientState._reset_state()
-    for number in (1, 2):
-        save_config(stream_config(tmp_path / str(number), parquet), tmp_path / f"{number}.yaml")
-        outcome = run_ranks([str(tmp_path / f"{number}.yaml")], number=number)
-        assert outcome.codes == [0] * number, outcome.output
-        logs.append([line["total"] for line in metrics(tmp_path / str(number) / "run") if "total" in line])
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    states = [(tmp_path / str(number) / "run/checkpoints/latest/stream.json").read_text() for number in (1, 2)]
-    assert json.loads(states[0]) == json.loads(states[1])
+    one = train(stream_config(tmp_path / "one", parquet))
+    config = stream_config(tmp_path / "two", parquet)
+    save_config(config, tmp_path / "two.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, REPOSITORY / "train.py", tmp_path / "two.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "processes          2 on cpu" in ended.stdout
+    two = Path(config.output_dir)
+    totals = [[line["total"] for line in metrics(run) if "total" in line] for run in (one, two)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    lanes = [json.loads((run / "checkpoints" / "latest" / "stream.json").read_text()) for run in (one, two)]
+    assert lanes[0] == lanes[1] and len(lanes[0]) == len(ROWS)
 
 
 # ---- the thread that reads ahead

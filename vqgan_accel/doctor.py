@@ -29,6 +29,7 @@ CORE = (
 EXTRAS = {  # package -> (extra, what it enables)
     "wandb": ("wandb", "tracking.trackers=[wandb]"),
     "tensorboard": ("tensorboard", "tracking.trackers=[tensorboard]"),
+    "ffcv": ("ffcv", "data.backend=ffcv, once its system packages are there: bash launch/install_ffcv.sh VENV"),
 }
 USES = {
     "vgg16": "lpips_vgg and LPIPS in the evaluation",
