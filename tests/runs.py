@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from vqgan_accel.training import loop
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -28,3 +31,14 @@ def assert_same_bits(a: Path, b: Path) -> None:
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
     assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training in this process stops after `step` steps as if a signal had come."""
+    original, calls = loop.global_values, []
+
+    def values_and_stop(losses: Any, norms: Any, stop: bool) -> Any:
+        calls.append(0)
+        return original(losses, norms, len(calls) == step)
+
+    monkeypatch.setattr(loop, "global_values", values_and_stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import shutil
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import ALLOCATION, FIELD, HEADER, BetonSource
-from vqgan_accel.data.loading import open_source
+from vqgan_accel.data.loading import backend_of, evaluation_loader, open_source
 from vqgan_accel.training.loop import train
 
 SIZES = ((24, 16), (16, 23), (31, 31), (8, 8), (40, 9))  # width, height
@@ -173,3 +174,46 @@ def test_a_missing_file_is_told_with_those_that_there_are(tmp_path: Path) -> Non
     written(tmp_path / "betons", golden("raw"), "val.beton")
     with pytest.raises(FileNotFoundError, match=r"it has val; set data\.validation_split=val"):
         open_source(config, "validation")
+
+
+def test_without_ffcv_its_backend_evaluates_and_training_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "betons", golden("raw"))
+    written(folder, golden("raw"), "validation.beton")
+    monkeypatch.setitem(sys.modules, "ffcv", None)  # an import fails as where it is not installed
+    for name in [name for name in sys.modules if name.startswith(("ffcv.", "vqgan_accel.data.ffcv"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("vqgan_accel.data.ffcv", raising=False)
+    config = DataConfig(backend="ffcv", path=str(folder), image_size=16, workers=0)
+    source = open_source(config, "train")
+    loader = evaluation_loader(source, config, 2, 0, 1, pin_memory=False)
+    assert sum(len(batch["image"]) for batch in loader) == len(SIZES)
+    words = r"bash launch/install_ffcv\.sh VENV.* or set data\.backend=beton"
+    with pytest.raises(ValueError, match=words):
+        train(tiny_config(tmp_path, data={"backend": "ffcv", "path": str(folder)}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "backend"),
+    [
+        (["train/a.png"], "folder"),
+        (["train.beton"], "beton"),
+        (["data/train-0.parquet"], "hub"),
+        (["train-0.tar"], "hub"),
+        (["dataset_dict.json"], "hub"),
+    ],
+)
+def test_auto_is_the_backend_of_what_is_there(
+    tmp_path: Path, files: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert backend_of(DataConfig(backend="auto", path=str(tmp_path))) == backend
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert backend_of(DataConfig(backend="auto", path=str(tmp_path))) == backend.replace("beton", "ffcv")
+    assert backend_of(DataConfig(backend="auto", path="owner/name")) == "hub"
+    assert backend_of(DataConfig(backend="beton", path=str(tmp_path))) == "beton"

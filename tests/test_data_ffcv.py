@@ -16,7 +16,7 @@ import pytest
 import torch
 from images import noise, write_images
 from PIL import Image
-from runs import assert_same_bits
+from runs import assert_same_bits, stop_at_step
 from skimage import data as photographs
 from tiny import tiny_config
 from torch import Tensor
@@ -28,7 +28,6 @@ from vqgan_accel.data.loading import Batch, open_source, training_loader
 from vqgan_accel.data.make_beton import BetonOptions, WriteMode, make_betons
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.interruption import TrainingInterruptedError
-from vqgan_accel.training import loop
 from vqgan_accel.training.loop import train
 
 pytest.importorskip("ffcv", reason="bash launch/install_ffcv.sh VENV", exc_type=ImportError)
@@ -239,15 +238,9 @@ def test_a_run_that_was_interrupted_within_an_epoch_goes_on_bit_for_bit(
     whole = train(tiny_config(tmp_path / "a", training=training, **options))
     assert "backend: auto" in (whole / "config.yaml").read_text()
 
-    original, calls = loop.global_values, []
-
-    def stop_at_three(losses: Any, norms: Any, stop: bool) -> Any:
-        calls.append(0)
-        return original(losses, norms, len(calls) == 3)
-
     config = tiny_config(tmp_path / "b", training=training, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "global_values", stop_at_three)
+        stop_at_step(patched, 3)
         with pytest.raises(TrainingInterruptedError):
             train(config)
     resumed = train(config, resume=True)

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import noise
-from runs import assert_same_bits, metrics
+from runs import assert_same_bits, metrics, stop_at_step
 from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig, save_config
@@ -32,7 +32,6 @@ from vqgan_accel.data.loading import Batch, evaluation_loader, open_source, trai
 from vqgan_accel.data.stream import MAX_ROWS, Lane, StreamOrder, StreamSource, lanes_of
 from vqgan_accel.data.transforms import evaluation_view, training_view
 from vqgan_accel.interruption import TrainingInterruptedError
-from vqgan_accel.training import loop
 from vqgan_accel.training.loop import train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -326,15 +325,9 @@ def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(
     parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(stream_config(tmp_path / "a", parquet, workers=2))
-    original, calls = loop.global_values, []
-
-    def stop_at_four(losses: Any, norms: Any, stop: bool) -> Any:
-        calls.append(0)
-        return original(losses, norms, len(calls) == 4)
-
     interrupted = stream_config(tmp_path / "b", parquet, workers=2)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "global_values", stop_at_four)
+        stop_at_step(patched, 4)
         with pytest.raises(TrainingInterruptedError):
             train(interrupted)
     resumed = train(interrupted, resume=True)

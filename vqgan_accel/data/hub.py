@@ -21,7 +21,8 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import STORES, decode_image, listed, nearest_name, stores
+from vqgan_accel.data.source import STORES, decode_image, is_stored_dataset, listed, nearest_name, stores
+from vqgan_accel.distributed import process_index
 
 SAVED_SHARDS = 64  # in which what save_to_disk wrote is streamed
 
@@ -75,7 +76,8 @@ def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
         return _load_from_hub(config, split, key, streaming)
     if config.subset or config.revision:
         raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
-    with _locally():
+    # an image folder's files are all looked at, which takes minutes for a million of them
+    with _locally(bars=path.is_dir() and not is_stored_dataset(path) and process_index() == 0):
         return _load_local(path, split, key, streaming)
 
 
@@ -179,11 +181,12 @@ def _one_sentence(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def _locally() -> Iterator[None]:
-    """For data on disk: no progress bars, which flash by once per process, and no word to the hub, which `datasets`
-    asks to count even these; without a network that takes 5 s."""
+def _locally(bars: bool) -> Iterator[None]:
+    """For data on disk: no progress `bars` where they would flash by, once per process, and no word to the hub, which
+    `datasets` asks to count even these; without a network that takes 5 s."""
     were_off, counted = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.disable_progress_bars()
+    if not bars:
+        datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
