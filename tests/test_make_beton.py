@@ -205,3 +205,10 @@ def test_wrong_options_are_told(
     assert main(["make-beton", "--source", str(images), "--output", str(tmp_path / "betons"), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "betons").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_and_kept(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match=r"--output .*file is a file; give a folder"):
+        make_betons(config(images), tmp_path / "file", RAW_64)
+    assert (tmp_path / "file").read_text() == "kept"

@@ -54,6 +54,8 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
     there that was made of something else, and, unless data.on_error=skip, for a broken image.
     """
     _check(options)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder")
     open_indexed(config, "train")  # a wrong path is told at once; of the other splits some may be missing
     output.mkdir(parents=True, exist_ok=True)
     written = []
