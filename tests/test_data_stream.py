@@ -141,6 +141,19 @@ def test_a_lane_resumes_at_any_row(parquet: Path, block: int, count: int) -> Non
     assert [(row.epoch, row.number) for row in islice(iter(second), 90 - later)] == whole[later:]
 
 
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_a_lane_resumed_with_another_buffer_still_gives_each_row_once_a_pass(
+    parquet: Path, block: int, other: int, count: int
+) -> None:
+    source = source_of(parquet)
+    lane = Lane(source, SEED, 0, 1, block)
+    before = list(islice(iter(lane), count))
+    after = list(islice(iter(Lane(source, SEED, 0, 1, other, lane.state_at(count))), 3 * TOTAL - count))
+    for epoch in range(3):
+        assert sorted(row.number for row in before + after if row.epoch == epoch) == EVERY_ROW
+
+
 def test_blocks_are_shuffled_and_no_larger_than_asked(parquet: Path) -> None:
     first = [row.number for row in islice(Lane(source_of(parquet), SEED, 0, 1, 5), 5)]
     assert len({number // MAX_ROWS for number in first}) <= 2 and first != sorted(first)

@@ -28,6 +28,7 @@ from vqgan_accel.data.transforms import evaluation_view
 from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
 
 MAX_LANES = 64  # each is a file that is open at the same time
+BEGINNING: dict[str, Any] = {"epoch": 0, "block": 0, "place": 0, "row": 0, "shard": None}  # of a lane
 MAX_ROWS = 2**32  # in a shard
 
 
@@ -95,7 +96,7 @@ class Lane:
         self.number = number
         self.shards = range(number, source.num_shards, num_lanes)
         self.block_size = block_size
-        self.begin = state or {"epoch": 0, "block": 0, "place": 0, "row": 0, "shard": None, "first": 0, "skip": 0}
+        self.begin = state or BEGINNING | {"size": block_size, "first": 0, "skip": 0}
         self.blocks: deque[dict[str, Any]] = deque()  # where those begin that a checkpoint may still ask for
 
     def __iter__(self) -> Iterator[Row]:
@@ -115,39 +116,43 @@ class Lane:
         return block | {"skip": count - block["first"]}
 
     def _read(self) -> Iterator[Block]:
-        position, first = dict(self.begin), self.begin["first"]
+        """All passes, from self.begin on."""
+        position, first = self.begin, self.begin["first"]
         while True:
-            epoch = position["epoch"]
-            order = generator(STREAM_ORDER, self.seed, self.number, epoch).permutation(len(self.shards))
-            rows: list[Row] = []
-            found = False
-            for place in range(position["place"], len(order)):
-                shard = self.shards[order[place]]
-                stream, row, state = self.source.shard(shard), 0, None
-                if place == position["place"] and position["shard"] is not None:
-                    row, state = position["row"], position["shard"]
-                    stream.load_state_dict(state)
-                cells = iter(stream)
-                while True:
-                    if not rows:
-                        begin = {"epoch": epoch, "block": position["block"], "place": place, "row": row, "shard": state}
-                    for cell in islice(cells, self.block_size - len(rows)):
-                        rows.append(Row(epoch, shard * MAX_ROWS + row, cell[self.source.column]))
-                        row, found = row + 1, True
-                    state = stream.state_dict()
-                    if len(rows) < self.block_size:
-                        break  # the shard is at its end
-                    yield Block(first, begin, rows)
-                    first += len(rows)
-                    position["block"] += 1
-                    rows = []
-            if rows:
-                yield Block(first, begin, rows)
+            start = first
+            for state, rows in self._read_pass(position):
+                yield Block(first, state, rows)
                 first += len(rows)
-            elif not found and position["place"] == 0 and position["row"] == 0:
+            if first == start and position["place"] == position["row"] == 0:
                 names = ", ".join(str(shard) for shard in self.shards[:10])
                 raise ValueError(f"{self.source.title} has no rows in the shards {names}; remove empty files")
-            position = {"epoch": epoch + 1, "block": 0, "place": 0, "row": 0, "shard": None}
+            position = BEGINNING | {"epoch": position["epoch"] + 1, "size": self.block_size}
+
+    def _read_pass(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+        """The blocks of one pass from `position` on, each with the position at which it begins."""
+        epoch, block = position["epoch"], position["block"]
+        size = position["size"]  # of the block in which a run was stopped, whatever data.shuffle_buffer is now
+        order = generator(STREAM_ORDER, self.seed, self.number, epoch).permutation(len(self.shards))
+        rows: list[Row] = []
+        for place in range(position["place"], len(order)):
+            shard = self.shards[order[place]]
+            stream, row, state = self.source.shard(shard), 0, None
+            if place == position["place"] and position["shard"] is not None:
+                row, state = position["row"], position["shard"]
+                stream.load_state_dict(state)
+            cells = iter(stream)
+            while True:
+                if not rows:
+                    begin = {"epoch": epoch, "block": block, "size": size, "place": place, "row": row, "shard": state}
+                for cell in islice(cells, size - len(rows)):
+                    rows.append(Row(epoch, shard * MAX_ROWS + row, cell[self.source.column]))
+                    row += 1
+                if len(rows) < size:
+                    break  # the shard is at its end
+                yield begin, rows
+                rows, size, block, state = [], self.block_size, block + 1, stream.state_dict()
+        if rows:
+            yield begin, rows
 
 
 class StreamOrder:
