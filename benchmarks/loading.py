@@ -30,8 +30,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.loading import open_source, require_reader, to_float, training_loader
+from vqgan_accel.data.loading import to_float, training_loader
 from vqgan_accel.data.make_beton import BetonOptions, make_betons
+from vqgan_accel.data.opening import open_source, require_reader
 from vqgan_accel.data.order import TrainingOrder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))

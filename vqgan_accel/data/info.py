@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.loading import Failure, TrainingViews, open_indexed, reason_of, require_reader, training_loader
+from vqgan_accel.data.loading import Failure, TrainingViews, reason_of, training_loader
+from vqgan_accel.data.opening import open_indexed, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb

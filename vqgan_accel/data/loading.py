@@ -1,4 +1,4 @@
-"""The one door to the images: sources by config, and torch loaders whose batches depend on position alone.
+"""From a source to batches: torch loaders whose batches depend on position alone.
 
 Accelerate does not prepare these loaders: the order already knows about processes, and images stay uint8 until
 `to_float` on the device.
@@ -6,13 +6,11 @@ Accelerate does not prepare these loaders: the order already knows about process
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -20,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.beton import BetonSource
-from vqgan_accel.data.folder import FolderSource
+from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import Key, TrainingOrder
-from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
+from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
 from vqgan_accel.interruption import shield_data_worker
 
@@ -31,10 +28,6 @@ if TYPE_CHECKING:
     from vqgan_accel.data.ffcv import FfcvLoader
     from vqgan_accel.data.stream import StreamOrder, StreamSource
 
-GET_FFCV = (
-    "run `bash launch/install_ffcv.sh VENV` (Debian, Ubuntu), or set data.backend=beton, which reads the same files "
-    "with Pillow, more slowly"
-)
 REMEDY = "remove or repair it, or set data.on_error=skip"
 
 
@@ -42,68 +35,6 @@ class Batch(TypedDict):
     image: Tensor  # uint8 (B, 3, S, S); in memory (B, S, S, 3)
     index: Tensor  # int64 (B,), which image of the source each one is
     skipped: int  # broken images that were replaced (training) or left out (evaluation)
-
-
-def open_source(config: DataConfig, split_name: SplitName) -> ImageSource | StreamSource:
-    """The images of one split: by index, or one after another where data.streaming.
-
-    ValueError or FileNotFoundError, one sentence, for a wrong path, split or column.
-    """
-    if not config.streaming:
-        return open_indexed(config, split_name)
-    if config.path is None or backend_of(config) != "hub":
-        raise ValueError(
-            f"data.streaming is for Hugging Face data sets, and data.path {config.path} is none; set it to false"
-        )
-    from vqgan_accel.data.stream import StreamSource  # importing `datasets` takes seconds
-
-    return StreamSource(config, split_of(config, split_name), f"data.{split_name}_split")
-
-
-def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
-    """The same where every image must be found by its index: a stream, which cannot, is downloaded."""
-    if config.path is None:
-        raise ValueError("data.path is not set; give data.path=FOLDER")
-    path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
-    match backend_of(config):
-        case "folder":
-            return FolderSource(path, split, key)
-        case "hub":
-            from vqgan_accel.data.hub import HubSource
-
-            return HubSource(config, split, key)
-        case "ffcv" | "beton":
-            return BetonSource(path, split, key)
-
-
-def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
-    """data.backend; for `auto` what fits data.path: betons, what `datasets` stores, a folder of files, else a name on
-    the hub. Betons are FFCV's where it is installed."""
-    if config.backend != "auto":
-        return config.backend
-    path = Path(str(config.path)).expanduser()
-    if path.is_dir() and any(path.glob("*.beton")):
-        return "ffcv" if importlib.util.find_spec("ffcv") else "beton"
-    return "folder" if path.is_dir() and not is_stored_dataset(path) else "hub"
-
-
-def count_images(source: ImageSource | StreamSource) -> int | None:
-    """None for a stream that does not know."""
-    return len(source) if isinstance(source, ImageSource) else source.num_images
-
-
-def require_reader(config: DataConfig) -> None:
-    """ValueError where training would need FFCV and it is not installed."""
-    if backend_of(config) == "ffcv":
-        try:
-            import vqgan_accel.data.ffcv  # noqa: F401
-        except (ImportError, OSError) as error:  # the latter where OpenCV's or libjpeg-turbo's library is missing
-            raise ValueError(f"data.backend=ffcv needs FFCV, which is not installed ({error}); {GET_FFCV}") from error
-
-
-def split_of(config: DataConfig, split_name: SplitName) -> str:
-    """What the data set itself calls it."""
-    return {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
 
 
 def training_order(

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import ALLOCATION, FIELD, HEADER, IMAGE_TYPE, JPG, RAW, VERSION, beton_origin, row_type
-from vqgan_accel.data.loading import REMEDY, Failure, open_indexed, read_image, split_of
+from vqgan_accel.data.loading import REMEDY, Failure, read_image
+from vqgan_accel.data.opening import open_indexed, split_of
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.interruption import shield_data_worker
 from vqgan_accel.run_folder import naming, sync

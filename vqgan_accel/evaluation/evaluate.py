@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, load_config, parse_config
-from vqgan_accel.data.loading import Batch, count_images, evaluation_loader, open_source, to_float
+from vqgan_accel.data.loading import Batch, evaluation_loader, to_float
+from vqgan_accel.data.opening import count_images, open_source
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid

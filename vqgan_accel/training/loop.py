@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
-from vqgan_accel.data.loading import backend_of, to_float
+from vqgan_accel.data.loading import to_float
+from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import global_index
 from vqgan_accel.distributed import decided_by_main, gathered, mean_over_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import evaluate_tokenizer

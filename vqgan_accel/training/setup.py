@@ -17,16 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, flat_config, load_config, save_config
-from vqgan_accel.data.loading import (
-    Batch,
-    backend_of,
-    count_images,
-    evaluation_loader,
-    open_source,
-    require_reader,
-    training_loader,
-    training_order,
-)
+from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
+from vqgan_accel.data.opening import backend_of, count_images, open_source, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
