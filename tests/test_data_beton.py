@@ -104,6 +104,11 @@ def refused(folder: Path, content: bytes) -> str:
 def test_a_file_that_is_no_finished_beton_is_refused(tmp_path: Path, mode: str) -> None:
     content = golden(mode)
     assert "is no beton: it has 3 bytes" in refused(tmp_path, b"abc")
+    assert "is no beton: it has 0 bytes" in refused(tmp_path, b"")
+    table = int.from_bytes(content[16:24], "little")
+    assert "was not written to its end" in refused(tmp_path, content[:table])
+    for offset, value in ((4, bytes(4)), (2, b"\xff\xff"), (25, b"\xff")):  # page size, fields, a name
+        assert "is damaged" in refused(tmp_path, content[:offset] + value + content[offset + len(value) :])
     assert "no beton of format version 2" in refused(tmp_path, b"\xff" * 5000)
     unfinished = content.copy()
     unfinished[16:24] = bytes(8)

@@ -208,7 +208,9 @@ def damaged(folders: dict[str, Path], tmp_path: Path, mode: str, index: int, how
     return tmp_path / "damaged"
 
 
-@pytest.mark.parametrize(("mode", "how"), [("raw", "pointer"), ("raw", "size"), ("jpg", "pointer"), ("jpg", "jpeg")])
+@pytest.mark.parametrize(
+    ("mode", "how"), [("raw", "pointer"), ("raw", "size"), ("jpg", "pointer"), ("jpg", "size"), ("jpg", "jpeg")]
+)
 def test_a_damaged_sample_stops_the_run_or_is_replaced_as_everywhere_else(
     folders: dict[str, Path], tmp_path: Path, mode: str, how: str
 ) -> None:

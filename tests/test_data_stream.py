@@ -194,6 +194,30 @@ def test_a_stream_resumes_in_the_middle_on_any_number_of_processes(parquet: Path
         assert torch.equal(torch.stack([part["image"] for part in parts], 1).flatten(0, 1), both["image"])
 
 
+def test_a_stream_resumed_with_another_batch_size_goes_on_where_it_was(parquet: Path) -> None:
+    source = source_of(parquet)
+
+    def read(batch: int, start: int, steps: int, states: dict[str, Any] | None) -> tuple[list[int], dict[str, Any]]:
+        order = StreamOrder(source, SEED, batch, 1, 0, 1, start, steps, shuffle_buffer=8, states=states)
+        with closing(iter(order)) as rows:
+            numbers = [row.number for micro_batch in rows for row in micro_batch]
+        return numbers, order.states_at(steps)
+
+    whole, _ = read(4, 0, 11, None)
+    first, states = read(4, 0, 3, None)
+    second, states = read(8, 3, 5, states)
+    third, _ = read(4, 5, 9, states)
+    assert first + second + third == whole
+
+
+def test_a_shard_that_cannot_be_read_on_is_told(tmp_path: Path) -> None:
+    path = tars(tmp_path / "data")
+    whole = (path / "train-1.tar").read_bytes()
+    (path / "train-1.tar").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match=r"shard 1 cannot be read: .*; repair it"):
+        batches(path, image_column="png")
+
+
 def test_evaluation_shows_each_row_once_over_all_processes(parquet: Path) -> None:
     for processes in (1, 2, 5):
         seen: list[int] = []

@@ -56,16 +56,20 @@ class BetonSource:
     def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
         self.arguments = (root, split, key)
         self.file = _beton_file(root, split, key)
+        if (size := self.file.stat().st_size) < HEADER.itemsize:
+            raise ValueError(f"{self.file} is no beton: it has {size} bytes")
         content = np.memmap(self.file, np.uint8, "r")
-        if len(content) < HEADER.itemsize:
-            raise ValueError(f"{self.file} is no beton: it has {len(content)} bytes")
         header = content[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION:
             raise ValueError(f"{self.file} is no beton of format version {VERSION}; write it again with FFCV 1.x")
         table = int(header["table_pointer"])
-        if table == 0 or table > len(content) or (len(content) - table) % ALLOCATION.itemsize:
+        if table == 0 or table >= len(content) or (len(content) - table) % ALLOCATION.itemsize:
             raise ValueError(f"{self.file} was not written to its end; delete it and write it again")
+        if HEADER.itemsize + FIELD.itemsize * int(header["num_fields"]) > table or not header["page_size"]:
+            raise ValueError(f"{self.file} is damaged: its header is not that of a beton; write it again")
         fields = content[HEADER.itemsize :][: FIELD.itemsize * int(header["num_fields"])].view(FIELD)
+        if not all(field["name"].isascii() for field in fields):
+            raise ValueError(f"{self.file} is damaged: the names of its fields are not ASCII; write it again")
         images = [number for number, field in enumerate(fields) if field["type"] == IMAGE_TYPE]
         unknown = sorted({int(field["type"]) for field in fields} - IN_A_ROW.keys())
         if len(images) != 1 or unknown:

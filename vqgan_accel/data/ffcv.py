@@ -120,6 +120,7 @@ class _ViewDecoder(SimpleRGBImageDecoder):
     def generate_code(self) -> Callable[..., Any]:
         memory_read, threads = self.memory_read, Compiler.get_iterator()
         decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        size_of = Compiler.compile(_jpeg_size)
         image_size = self.image_size
 
         def decode(squares, buffers, rows, storage):  # type: ignore[no-untyped-def]
@@ -131,14 +132,16 @@ class _ViewDecoder(SimpleRGBImageDecoder):
                     row = rows[index]
                     height, width = np.uint32(row["height"]), np.uint32(row["width"])
                     data = memory_read(row["data_ptr"], storage)
-                    if row["mode"] == JPG:
+                    if row["mode"] != JPG:
+                        pixels = data.reshape(height, width, 3)
+                        broken[place, 0] = 0
+                    elif size_of(data) == (height, width):  # FFCV would write beyond the pixels of a larger one
                         pixels = np.empty((height, width, 3), np.uint8)
                         broken[place, 0] = (
                             decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0
                         )
                     else:
-                        pixels = data.reshape(height, width, 3)
-                        broken[place, 0] = 0
+                        continue
                     resize(pixels, top, top + side, left, left + side, views[place])
                     if mirrored:
                         for y in range(image_size):
@@ -151,6 +154,17 @@ class _ViewDecoder(SimpleRGBImageDecoder):
 
         decode.is_parallel = True  # type: ignore[attr-defined]
         return decode
+
+
+def _jpeg_size(data):  # type: ignore[no-untyped-def]
+    """(height, width) by the frame header (ITU T.81, B.2.2); (0, 0) where there is none. Compiled too."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            return int(data[at + 5]) * 256 + int(data[at + 6]), int(data[at + 7]) * 256 + int(data[at + 8])
+        at += 2 + int(data[at + 2]) * 256 + int(data[at + 3])
+    return 0, 0
 
 
 class _Pipeline(EpochIterator):

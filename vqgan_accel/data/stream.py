@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.hub import image_rows, load_rows, open_cell
-from vqgan_accel.data.loading import REMEDY, Failure, Item, augmented, rgb_or_failure
+from vqgan_accel.data.loading import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 from vqgan_accel.data.transforms import evaluation_view
 from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
 
@@ -67,6 +67,14 @@ class StreamSource:
         """A datasets.IterableDataset of one file's rows."""
         return self.rows.shard(num_shards=self.num_shards, index=number)
 
+    def cells(self, number: int, shard: Any) -> Iterator[dict[str, Any] | None]:
+        """The images of `shard(number)`, not yet decoded. ValueError where the file cannot be read on."""
+        try:
+            for row in shard:
+                yield row[self.column]
+        except Exception as error:  # of pyarrow, tarfile, fsspec or a network
+            raise ValueError(f"{self.title} shard {number} cannot be read: {reason_of(error)}; repair it") from error
+
 
 class Block(NamedTuple):
     """A shuffle buffer's worth of rows, and where it begins."""
@@ -97,6 +105,7 @@ class Lane:
         self.shards = range(number, source.num_shards, num_lanes)
         self.block_size = block_size
         self.begin = state or BEGINNING | {"size": block_size, "first": 0, "skip": 0}
+        self.start = self.begin["first"] + self.begin["skip"]  # rows given before
         self.blocks: deque[dict[str, Any]] = deque()  # where those begin that a checkpoint may still ask for
 
     def __iter__(self) -> Iterator[Row]:
@@ -140,12 +149,12 @@ class Lane:
             if place == position["place"] and position["shard"] is not None:
                 row, state = position["row"], position["shard"]
                 stream.load_state_dict(state)
-            cells = iter(stream)
+            cells = self.source.cells(shard, stream)
             while True:
                 if not rows:
                     begin = {"epoch": epoch, "block": block, "size": size, "place": place, "row": row, "shard": state}
                 for cell in islice(cells, size - len(rows)):
-                    rows.append(Row(epoch, shard * MAX_ROWS + row, cell[self.source.column]))
+                    rows.append(Row(epoch, shard * MAX_ROWS + row, cell))
                     row += 1
                 if len(rows) < size:
                     break  # the shard is at its end
@@ -215,8 +224,8 @@ class StreamOrder:
 
     def states_at(self, step: int) -> dict[str, dict[str, Any]]:
         """Lane -> where it stands after `step` optimizer steps; of this process's lanes."""
-        count = step * self.num_rounds * self.round_size // self.num_lanes
-        return {str(number): lane.state_at(count) for number, lane in self.lanes.items()}
+        given = (step - self.start_step) * self.num_rounds * self.round_size // self.num_lanes  # by each lane, since
+        return {str(number): lane.state_at(lane.start + given) for number, lane in self.lanes.items()}
 
 
 class StreamShare:
@@ -233,9 +242,9 @@ class StreamShare:
 
     def _batches(self) -> Iterator[list[Row]]:
         rows = (
-            Row(0, shard * MAX_ROWS + row, cell[self.source.column])
+            Row(0, shard * MAX_ROWS + row, cell)
             for shard in self.shards
-            for row, cell in enumerate(self.source.shard(shard))
+            for row, cell in enumerate(self.source.cells(shard, self.source.shard(shard)))
         )
         while batch := list(islice(rows, self.batch_size)):
             yield batch
