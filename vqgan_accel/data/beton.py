@@ -70,12 +70,14 @@ class BetonSource:
         fields = content[HEADER.itemsize :][: FIELD.itemsize * int(header["num_fields"])].view(FIELD)
         if not all(field["name"].isascii() for field in fields):
             raise ValueError(f"{self.file} is damaged: the names of its fields are not ASCII; write it again")
+        self.field_names = [field["name"].decode() for field in fields]
         images = [number for number, field in enumerate(fields) if field["type"] == IMAGE_TYPE]
         unknown = sorted({int(field["type"]) for field in fields} - IN_A_ROW.keys())
         if len(images) != 1 or unknown:
-            names = listed([field["name"].decode(errors="replace") for field in fields])
             reason = f"types {unknown} of which are unknown here" if unknown else f"{len(images)} of them of images"
-            raise ValueError(f"{self.file} has the fields {names}, {reason}; write it with one field of images")
+            raise ValueError(
+                f"{self.file} has the fields {listed(self.field_names)}, {reason}; write it with one field of images"
+            )
         row = row_type([int(field["type"]) for field in fields])
         start, size = HEADER.itemsize + fields.nbytes, row.itemsize * int(header["num_samples"])
         if not size:
@@ -87,8 +89,7 @@ class BetonSource:
         order = np.argsort(allocations["pointer"], kind="stable")
         self.pointers, self.sizes = allocations["pointer"][order], allocations["bytes"][order]
         self.content = content
-        self.field_names = [field["name"].decode(errors="replace") for field in fields]
-        self.field = images[0]  # number of the one with the images
+        self.image_field = self.field_names[images[0]]
 
     def __reduce__(self) -> tuple[type[BetonSource], tuple[Path, str, str]]:
         return BetonSource, self.arguments  # a worker that is not forked opens the file, instead of getting its content

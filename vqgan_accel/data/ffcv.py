@@ -60,9 +60,8 @@ class FfcvLoader:
         self.pin_memory = pin_memory
         self.readable = source.readable()  # (N,)
         self.sizes = np.stack([source.rows["width"], source.rows["height"]], 1).astype(np.int64)  # (N, 2)
-        image_field, *_ = source.field_names[source.field :]
         pipelines: dict[str, PipelineSpec | None] = dict.fromkeys(source.field_names)
-        pipelines[image_field] = PipelineSpec(image_field, _ViewDecoder(config.image_size), [])
+        pipelines[source.image_field] = PipelineSpec(source.image_field, _ViewDecoder(config.image_size), [])
         with _torch_threads_kept():
             self.loader = Loader(
                 str(source.file),

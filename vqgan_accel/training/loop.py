@@ -55,7 +55,7 @@ def train(config: Config, resume: bool = False) -> Path:
 def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
     accelerator, plan, state, tracking = setup.accelerator, setup.plan, setup.state, setup.tracking
     quantizer, optimizers, progress = state.tokenizer.quantizer, state.optimizers, state.progress
-    pace = Pace()
+    pace, backend = Pace(), backend_of(config.data)  # which looks at the disk: once
 
     while progress.step < plan.total_steps:
         step = progress.step
@@ -152,7 +152,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                 "bad_steps": progress.bad_steps,
                 "skipped_images": progress.skipped_images,
             }
-            if warning := pace.warning(config.data, backend_of(config.data)):
+            if warning := pace.warning(config.data, backend):
                 tracking.say(warning)
             tracking.log(progress.step, values, wall_clock=pace.report())
         if progress.bad_steps_in_a_row >= config.training.max_bad_steps:
