@@ -38,7 +38,7 @@ from vqgan_accel.config import (
     WeightFiles,
 )
 from vqgan_accel.losses import adversarial
-from vqgan_accel.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+from vqgan_accel.losses.adversarial import adaptive_weight, fake_loss, generator_loss, r1_penalty, real_loss
 from vqgan_accel.losses.perceptual import (
     BACKBONES,
     LPIPSDistance,
@@ -69,21 +69,22 @@ def softplus(x: float) -> float:
 
 def test_hinge_losses_have_their_closed_forms() -> None:
     real, fake = torch.tensor([[2.0], [0.25], [-1.0]]), torch.tensor([[-3.0], [0.5], [-0.5]])
-    assert discriminator_loss("hinge", real, fake).item() == pytest.approx((0 + 0.75 + 2) / 3 + (0 + 1.5 + 0.5) / 3)
+    assert real_loss("hinge", real).item() == pytest.approx((0 + 0.75 + 2) / 3)
+    assert fake_loss("hinge", fake).item() == pytest.approx((0 + 1.5 + 0.5) / 3)
     assert generator_loss("hinge", fake).item() == pytest.approx(1.0)
 
 
 def test_non_saturating_losses_have_their_closed_forms() -> None:
     real, fake = torch.tensor([[2.0], [-1.0]]), torch.tensor([[-3.0], [0.5]])
-    expected = (softplus(-2) + softplus(1)) / 2 + (softplus(-3) + softplus(0.5)) / 2
-    assert discriminator_loss("non_saturating", real, fake).item() == pytest.approx(expected)
+    assert real_loss("non_saturating", real).item() == pytest.approx((softplus(-2) + softplus(1)) / 2)
+    assert fake_loss("non_saturating", fake).item() == pytest.approx((softplus(-3) + softplus(0.5)) / 2)
     assert generator_loss("non_saturating", fake).item() == pytest.approx((softplus(3) + softplus(-0.5)) / 2)
 
 
 @each_kind
 def test_the_discriminator_raises_real_and_lowers_fake_logits_and_the_generator_raises_fake_ones(kind: Kind) -> None:
     real, fake = torch.zeros(4, 1, requires_grad=True), torch.zeros(4, 1, requires_grad=True)
-    to_real, to_fake = torch.autograd.grad(discriminator_loss(kind, real, fake), [real, fake])
+    to_real, to_fake = torch.autograd.grad(real_loss(kind, real) + fake_loss(kind, fake), [real, fake])
     (to_generator,) = torch.autograd.grad(generator_loss(kind, fake), fake)
     slope = {"hinge": 1.0, "non_saturating": 0.5}[kind] / 4  # at logit 0, of a mean over 4
     for gradient, sign in ((to_real, -1), (to_fake, 1), (to_generator, -1)):
@@ -93,7 +94,7 @@ def test_the_discriminator_raises_real_and_lowers_fake_logits_and_the_generator_
 @each_kind
 def test_large_logits_give_finite_losses(kind: Kind) -> None:
     huge = torch.tensor([[1e4], [-1e4]])
-    assert discriminator_loss(kind, huge, huge).isfinite() and generator_loss(kind, huge).isfinite()
+    assert all(loss(kind, huge).isfinite() for loss in (real_loss, fake_loss, generator_loss))
 
 
 # ---- R1
@@ -237,6 +238,7 @@ STEP_QUANTIZERS: dict[str, QuantizerConfig] = {
     "gumbel": GumbelQuantizerConfig(type="gumbel", num_codes=16, embedding_dim=8),
 }
 LOSSES = LossConfig(l1_weight=0.7, l2_weight=0.4, perceptual_weight=0.3)
+NO_NETWORK = LossConfig(l1_weight=0.7, l2_weight=0.4, perceptual_weight=0)
 
 
 def classic_total(
@@ -277,7 +279,7 @@ def classic_total(
         ("gumbel", "hinge", True),
     ],
 )
-def test_one_surrogate_backward_gives_the_tokenizer_gradients_of_the_total_loss_and_the_other_networks_none(
+def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_discriminators_loss_on_fakes(
     quantizer: str,
     kind: Kind,
     adaptive: bool,
@@ -293,6 +295,9 @@ def test_one_surrogate_backward_gives_the_tokenizer_gradients_of_the_total_loss_
     total, parts = classic_total(classic, random_mobilenet, discriminator, images, seeds, config)
     total.backward()
     discriminator.zero_grad()
+    plain = tiny_discriminator()
+    fake_logits = plain(classic(images, seeds).reconstruction.detach())
+    fake_loss(kind, fake_logits).backward()
 
     step = generator_backward(
         make_accelerator(), tokenizer, random_mobilenet, discriminator, images, seeds, LOSSES, config
@@ -300,9 +305,12 @@ def test_one_surrogate_backward_gives_the_tokenizer_gradients_of_the_total_loss_
     for name, value in parts.items():
         assert step.losses[name].item() == pytest.approx(value, rel=1e-5), name
     check_gradients(tokenizer, classic, tolerance=1e-4)
-    assert all(parameter.grad is None for parameter in discriminator.parameters())
+    check_gradients(discriminator, plain, tolerance=1e-4)
     assert all(parameter.grad is None for parameter in random_mobilenet.parameters())
-    assert not any(value.requires_grad for value in (*step.losses.values(), step.reconstruction, step.latents))
+    assert step.fake_logits is not None
+    torch.testing.assert_close(step.fake_logits, fake_logits, rtol=1e-4, atol=1e-5)
+    returned = (*step.losses.values(), step.reconstruction, step.latents, step.fake_logits)
+    assert not any(value.requires_grad for value in returned)
     output = classic(images, seeds)
     torch.testing.assert_close(step.reconstruction, output.reconstruction, rtol=0, atol=1e-5)
     torch.testing.assert_close(step.latents, output.latents, rtol=0, atol=1e-5)
@@ -322,14 +330,16 @@ def test_without_a_discriminator_the_tokenizer_gradients_are_those_of_reconstruc
 
 @each_kind
 @pytest.mark.parametrize("with_r1", [False, True])
-def test_the_discriminators_gradients_are_those_of_the_plain_sum_of_its_losses(
+def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain_sum_of_its_losses(
     kind: Kind, with_r1: bool, make_accelerator: Callable[..., Accelerator]
 ) -> None:
     config = DiscriminatorConfig(loss=kind, r1_weight=5.0)
-    discriminator, plain = tiny_discriminator(), tiny_discriminator()
-    images, reconstruction = random_images(8).chunk(2)
+    discriminator, plain, images = tiny_discriminator(), tiny_discriminator(), random_images()
+    step = generator_backward(
+        make_accelerator(), tiny_tokenizer(STANDARD), None, discriminator, images, None, NO_NETWORK, config
+    )
     real_images = images.clone().requires_grad_()
-    real, fake = plain(real_images), plain(reconstruction)
+    real, fake = plain(real_images), plain(step.reconstruction)
     if kind == "hinge":
         loss = (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean()
     else:
@@ -338,7 +348,8 @@ def test_the_discriminators_gradients_are_those_of_the_plain_sum_of_its_losses(
     penalty = (slope**2).sum() / 4
     (loss + 5.0 * penalty if with_r1 else loss).backward()
 
-    parts = discriminator_backward(make_accelerator(), discriminator, images, reconstruction, config, with_r1)
+    assert step.fake_logits is not None
+    parts = discriminator_backward(make_accelerator(), discriminator, images, step.fake_logits, config, with_r1)
     expected = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
     expected |= {"r1": penalty} if with_r1 else {}
     assert parts.keys() == expected.keys()
@@ -346,14 +357,13 @@ def test_the_discriminators_gradients_are_those_of_the_plain_sum_of_its_losses(
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
         assert not parts[name].requires_grad
     check_gradients(discriminator, plain, tolerance=1e-5)
-    assert images.grad is None and reconstruction.grad is None
+    assert images.grad is None
 
 
 def test_two_interleaved_rounds_accumulate_the_gradients_of_one_batch(
     make_accelerator: Callable[..., Accelerator],
 ) -> None:
     config = DiscriminatorConfig(weight=0.8, r1_weight=5.0)  # lambda alone depends on the number of rounds
-    losses = LossConfig(l1_weight=0.7, l2_weight=0.4, perceptual_weight=0)
     images = random_images(8)
     networks: list[nn.Module] = []
     for rounds in (1, 2):
@@ -361,8 +371,9 @@ def test_two_interleaved_rounds_accumulate_the_gradients_of_one_batch(
         tokenizer, discriminator = tiny_tokenizer(STANDARD), tiny_discriminator()
         for r in range(rounds):
             mine = images[r::rounds]
-            step = generator_backward(accelerator, tokenizer, None, discriminator, mine, None, losses, config)
-            discriminator_backward(accelerator, discriminator, mine, step.reconstruction, config, with_r1=True)
+            step = generator_backward(accelerator, tokenizer, None, discriminator, mine, None, NO_NETWORK, config)
+            assert step.fake_logits is not None
+            discriminator_backward(accelerator, discriminator, mine, step.fake_logits, config, with_r1=True)
         networks += [tokenizer, discriminator]
     whole_tokenizer, whole_discriminator, tokenizer, discriminator = networks
     check_gradients(tokenizer, whole_tokenizer, tolerance=1e-5)

@@ -22,11 +22,14 @@ def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
 
 
-def discriminator_loss(kind: AdversarialLoss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Both (B, 1) -> scalar the discriminator lowers."""
-    if kind == "hinge":  # Lim & Ye 2017, arXiv 1705.02894
-        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+def real_loss(kind: AdversarialLoss, real_logits: Tensor) -> Tensor:
+    """real_logits (B, 1) -> one half of the scalar that the discriminator lowers; `fake_loss` is the other."""
+    return F.relu(1 - real_logits).mean() if kind == "hinge" else F.softplus(-real_logits).mean()
+
+
+def fake_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
+    """fake_logits (B, 1) -> scalar. Hinge: Lim & Ye 2017, arXiv 1705.02894; non-saturating: Goodfellow et al. 2014."""
+    return F.relu(1 + fake_logits).mean() if kind == "hinge" else F.softplus(fake_logits).mean()
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:

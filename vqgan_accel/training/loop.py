@@ -93,12 +93,12 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                     adversarial,
                 )
                 parts = generated.losses
-                if adversarial and setup.discriminator is not None:
+                if adversarial and setup.discriminator is not None and generated.fake_logits is not None:
                     parts = parts | discriminator_backward(
                         accelerator,
                         setup.discriminator,
                         images,
-                        generated.reconstruction,
+                        generated.fake_logits,
                         adversarial,
                         with_r1=plan.r1_at(step),
                     )

@@ -1,7 +1,10 @@
-"""The two halves of a training step: the tokenizer's gradient and the discriminator's.
+"""The two halves of a training step: what the reconstruction teaches both networks, and what the images teach the
+discriminator.
 
 Both are called once per accumulation round inside `accelerator.accumulate`; `accelerator.backward` divides by the
 number of rounds, DDP averages over processes on the last one. Losses are float32 whatever the autocast.
+
+Their arithmetic is at its floor (docs/performance.md): each network sees each of its inputs once.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vqgan_accel.config import DiscriminatorConfig, LossConfig
-from vqgan_accel.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+from vqgan_accel.losses.adversarial import adaptive_weight, fake_loss, generator_loss, r1_penalty, real_loss
 from vqgan_accel.losses.reconstruction import reconstruction_loss
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
 
@@ -22,6 +25,7 @@ class GeneratorStep(NamedTuple):
     reconstruction: Tensor  # (B, 3, H, W), detached
     codes: Tensor  # (B, h, w)
     latents: Tensor  # (B, D, h, w), detached
+    fake_logits: Tensor | None  # (B, 1), detached; None without a discriminator
     losses: dict[str, Tensor]  # detached scalars of this process and round
 
 
@@ -35,10 +39,12 @@ def generator_backward(
     losses: LossConfig,
     adversarial: DiscriminatorConfig | None,
 ) -> GeneratorStep:
-    """Accumulate the tokenizer's gradient on images (B, 3, H, W) in [-1, 1].
+    """Accumulate the gradient that images (B, 3, H, W) in [-1, 1] give the tokenizer, and the one that their
+    reconstructions give the discriminator.
 
     `discriminator` and `adversarial` are None before adversarial training starts. The losses are differentiated down
-    to the reconstruction only; one backward pass through the tokenizer then serves them all, weighted.
+    to the reconstruction only; one backward pass through the tokenizer then serves them all, weighted. One forward
+    pass of the discriminator serves its own loss and the generator's.
     """
     output: TokenizerOutput = tokenizer(images, sample_seeds)
     leaf = output.reconstruction.detach().requires_grad_()
@@ -47,12 +53,15 @@ def generator_backward(
     (gradient,) = torch.autograd.grad(rec_loss, leaf)
     total = rec_loss.detach() + output.quantizer.loss.detach()
 
+    fake_logits = None
     if discriminator is not None and adversarial is not None:
-        # The unwrapped network: its parameters get no gradient here, so nothing of it crosses the wire.
-        with accelerator.autocast():
-            fake_logits = accelerator.unwrap_model(discriminator)(leaf)
-        gen_loss = generator_loss(adversarial.loss, fake_logits)
-        (d_gen,) = torch.autograd.grad(gen_loss, leaf)
+        # `discriminator_backward` reduces this half of the gradient over processes together with its own.
+        with accelerator.no_sync(discriminator):
+            fake_logits = discriminator(leaf)
+            gen_loss = generator_loss(adversarial.loss, fake_logits)
+            (d_gen,) = torch.autograd.grad(gen_loss, leaf, retain_graph=True)
+            # Before the tokenizer's backward pass, to free this graph; for the parameters alone, not for the leaf.
+            accelerator.backward(fake_loss(adversarial.loss, fake_logits), inputs=list(discriminator.parameters()))
         weight = torch.tensor(adversarial.weight, device=images.device)
         if adversarial.adaptive_weight:
             model: ImageTokenizer = accelerator.unwrap_model(tokenizer)
@@ -60,12 +69,17 @@ def generator_backward(
         gradient = gradient + weight * d_gen
         total = total + weight * gen_loss.detach()
         parts |= {"generator": gen_loss.detach(), "adversarial_weight": weight}
+        fake_logits = fake_logits.detach()
 
     # A scalar whose gradient is that of the weighted losses; its value means nothing.
     surrogate = (output.reconstruction * gradient).sum()
     accelerator.backward(surrogate + output.quantizer.loss)
     return GeneratorStep(
-        leaf.detach(), output.quantizer.codes, output.latents, {"total": total, **parts, **output.quantizer.metrics}
+        reconstruction=leaf.detach(),
+        codes=output.quantizer.codes,
+        latents=output.latents,
+        fake_logits=fake_logits,
+        losses={"total": total, **parts, **output.quantizer.metrics},
     )
 
 
@@ -73,23 +87,22 @@ def discriminator_backward(
     accelerator: Accelerator,
     discriminator: nn.Module,
     images: Tensor,
-    reconstruction: Tensor,
+    fake_logits: Tensor,
     adversarial: DiscriminatorConfig,
     with_r1: bool,
 ) -> dict[str, Tensor]:
-    """Accumulate the discriminator's gradient on images and detached reconstructions (B, 3, H, W).
+    """Accumulate the gradient that images (B, 3, H, W) give the discriminator, R1's included, and reduce all of it.
 
-    R1 and the adversarial loss share one backward pass through the DDP-wrapped network: one reduction. R1's forward
-    pass runs in float32, for bf16 rounding is magnified by the second derivative.
+    `fake_logits` (B, 1), detached: of the reconstructions, whose gradient `generator_backward` has accumulated; they
+    are reported here. R1's forward pass runs in float32, for bf16 rounding is magnified by the second derivative.
     """
-    fake_logits = discriminator(reconstruction)
     real_images = images.detach().requires_grad_(with_r1)
     real_logits = discriminator(real_images, full_precision=with_r1)
-    loss = discriminator_loss(adversarial.loss, real_logits, fake_logits)
+    loss = real_loss(adversarial.loss, real_logits)
     parts = {
-        "discriminator": loss.detach(),
+        "discriminator": loss.detach() + fake_loss(adversarial.loss, fake_logits),
         "logits_real": real_logits.detach().mean(),
-        "logits_fake": fake_logits.detach().mean(),
+        "logits_fake": fake_logits.mean(),
     }
     if with_r1:
         penalty = r1_penalty(real_logits, real_images)
