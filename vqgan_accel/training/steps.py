@@ -60,8 +60,7 @@ def generator_backward(
             fake_logits = discriminator(leaf)
             gen_loss = generator_loss(adversarial.loss, fake_logits)
             (d_gen,) = torch.autograd.grad(gen_loss, leaf, retain_graph=True)
-            # Before the tokenizer's backward pass, to free this graph; for the parameters alone, not for the leaf.
-            accelerator.backward(fake_loss(adversarial.loss, fake_logits), inputs=list(discriminator.parameters()))
+            accelerator.backward(fake_loss(adversarial.loss, fake_logits))  # now, for it frees D's graph
         weight = torch.tensor(adversarial.weight, device=images.device)
         if adversarial.adaptive_weight:
             model: ImageTokenizer = accelerator.unwrap_model(tokenizer)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan_accel.models.discriminators.convolution import conv2d
 from vqgan_accel.models.precision import without_autocast
 
 SQRT2 = math.sqrt(2.0)  # keeps the variance of unit-normal activations through a leaky relu
@@ -125,7 +126,7 @@ class EqualizedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias * self.gain
-        return F.conv2d(x, self.weight * self.weight_scale, bias, self.stride, self.padding)
+        return conv2d(x, self.weight * self.weight_scale, bias, self.stride, self.padding)
 
 
 class EqualizedLinear(nn.Module):
@@ -153,7 +154,7 @@ def blur(x: Tensor, kernel: Tensor, padding: int, stride: int = 1) -> Tensor:
     # A copy a call, not a view: DDP re-broadcasts buffers in place at each forward, which would spoil the graph of an
     # earlier forward (D(x), then D(reconstruction), then one backward). It is 16 numbers a channel.
     weight = kernel.to(x.dtype).repeat(channels, 1, 1, 1)
-    return F.conv2d(x, weight, stride=stride, padding=padding, groups=channels)
+    return conv2d(x, weight, stride=stride, padding=padding, groups=channels)
 
 
 def minibatch_stddev(x: Tensor, group_size: int) -> Tensor:
