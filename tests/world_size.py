@@ -102,7 +102,7 @@ def record(me: Rank, case: Case, folder: Path) -> None:
     initial: dict[str, Tensor] = {}
     wire: dict[str, list[int]] = {"tokenizer": [], "discriminator": []}  # bytes of gradients, one entry a step
 
-    def sgd(groups: list[dict[str, Any]], lr: float, betas: object, eps: object) -> torch.optim.SGD:
+    def sgd(groups: list[dict[str, Any]], lr: float, **of_adamw: object) -> torch.optim.SGD:
         return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=lr)
 
     if case.optimizer == "sgd":

@@ -88,7 +88,8 @@ def write_state(state: TrainingState, folder: Path) -> None:
     if state.averaged_tokenizer is not None:
         state.averaged_tokenizer.save_pretrained(folder / TOKENIZER_EMA)
     if state.discriminator is not None:
-        save_file(state.discriminator.state_dict(), folder / DISCRIMINATOR)
+        weights = {name: tensor.contiguous() for name, tensor in state.discriminator.state_dict().items()}
+        save_file(weights, folder / DISCRIMINATOR)
     save_file(moments(state.optimizers), folder / OPTIMIZERS)
     averaged = int(state.average.n_averaged) if state.average is not None else 0
     progress = asdict(state.progress) | {"code_counts": state.code_counts.tolist(), "averaged_steps": averaged}
@@ -143,9 +144,15 @@ def restore_moments(optimizers: dict[str, Optimizer], saved: dict[str, Tensor]) 
         states[name].setdefault(int(index), {})[key] = value
     for name, optimizer in optimizers.items():
         settings = optimizer.state_dict()["param_groups"]
-        known = {index for group in settings for index in group["params"]}
-        if not states[name].keys() <= known:
-            raise ValueError(f"{OPTIMIZERS} has {len(states[name])} parameters of the {name}, not {len(known)}")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not states[name].keys() <= set(range(len(parameters))):
+            raise ValueError(f"{OPTIMIZERS} has {len(states[name])} parameters of the {name}, not {len(parameters)}")
+        for number, state in states[name].items():
+            for key, value in state.items():
+                if value.shape == parameters[number].shape:
+                    # In the parameter's memory layout: fused AdamW pairs numbers by their place in memory, and would
+                    # silently update a channels_last weight with other weights' moments.
+                    state[key] = torch.empty_like(parameters[number]).copy_(value)
         optimizer.load_state_dict({"state": states[name], "param_groups": settings})
 
 

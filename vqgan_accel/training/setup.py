@@ -93,6 +93,9 @@ def set_up(config: Config, resume: bool) -> Setup:
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
     model, d_model = build_tokenizer(config), build_discriminator(config)
     perceptual = build_perceptual(config.losses, config.weights)
+    for network in (d_model, perceptual):
+        if network is not None:  # the tokenizer stays as it is: GroupNorm is slow in this layout (docs/performance.md)
+            network.to(memory_format=torch.channels_last)
     metrics = Metrics(
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
     )
@@ -240,7 +243,7 @@ def config_changes(old: Config, new: Config) -> list[str]:
 
 def adamw(plan: Plan) -> dict[str, Any]:
     training = plan.config.training
-    return {"lr": plan.learning_rate, "betas": training.betas, "eps": training.eps}
+    return {"lr": plan.learning_rate, "betas": training.betas, "eps": training.eps, "fused": True}
 
 
 def decay_groups(model: ImageTokenizer, plan: Plan) -> list[dict[str, Any]]:
