@@ -37,8 +37,8 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Training in this process stops after `step` steps as if a signal had come."""
     original, calls = loop.global_values, []
 
-    def values_and_stop(losses: Any, norms: Any, stop: bool) -> Any:
+    def values_and_stop(losses: Any, norms: Any, skipped_images: int, stop: bool) -> Any:
         calls.append(0)
-        return original(losses, norms, len(calls) == step)
+        return original(losses, norms, skipped_images, len(calls) == step)
 
     monkeypatch.setattr(loop, "global_values", values_and_stop)

@@ -56,7 +56,7 @@ def describe(config: Config) -> dict[str, Any]:
         tokenizer, discriminator = build_tokenizer(config), build_discriminator(config)
         image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
         tokens = torch.empty(1, config.quantizer.embedding_dim, *latent_summary(config)["latent_grid"])
-        perceptual = _perceptual_shell(config)
+        perceptual = perceptual_shell(config)
     parameters = {"tokenizer": trainable_parameters(tokenizer), "discriminator": trainable_parameters(discriminator)}
     gflop = {
         "encoder": _gflop(tokenizer.encoder, image),
@@ -73,7 +73,7 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
-def _perceptual_shell(config: Config) -> nn.Module | None:
+def perceptual_shell(config: Config) -> nn.Module | None:
     """The perceptual network without its weights."""
     if config.losses.perceptual_weight == 0:
         return None

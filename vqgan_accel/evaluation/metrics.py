@@ -22,6 +22,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
+from vqgan_accel.models.quantizers import count_codes
 from vqgan_accel.models.weights import load_state, state_hash
 
 PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
@@ -49,7 +50,7 @@ class CodeCounts(TorchMetric):
         self.add_state("counts", torch.zeros(num_codes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, codes: Tensor) -> None:
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.counts += count_codes(codes, len(self.counts))
 
     def compute(self) -> Tensor:
         return self.counts

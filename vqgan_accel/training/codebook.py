@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from vqgan_accel.distributed import num_processes, process_index, sum_over_processes
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
-from vqgan_accel.models.quantizers import CodebookQuantizer, Quantizer
+from vqgan_accel.models.quantizers import CodebookQuantizer, Quantizer, count_codes
 
 PERTURBATION = 0.01  # of a copied code, in units of the spread of the codes in use
 
@@ -24,7 +24,7 @@ class CodebookUsage:
 
     def add(self, codes: Tensor) -> None:
         """codes of any shape, this process's share; every rank calls it."""
-        self.counts += sum_over_processes(torch.bincount(codes.flatten(), minlength=len(self.counts)))
+        self.counts += sum_over_processes(count_codes(codes, len(self.counts)))
 
     def metrics(self) -> dict[str, float]:
         return {"perplexity": perplexity(self.counts), "codebook_usage": codebook_usage(self.counts)}

@@ -21,7 +21,7 @@ from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
 from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import global_index
-from vqgan_accel.distributed import decided_by_main, gathered, mean_over_processes, sum_over_processes
+from vqgan_accel.distributed import decided_by_main, gathered, num_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
@@ -107,7 +107,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
 
         # ---- the update, if every value of every process is finite
         norms = {f"grad_norm_{name}": clip(optimizers[name], config.training.max_grad_norm) for name in learning}
-        values, stop = global_values(losses, norms, bool(stop_request))
+        values, skipped, stop = global_values(losses, norms, skipped_images, bool(stop_request))
         sound = all(math.isfinite(value) for value in values.values())
         if sound:
             for name in learning:
@@ -125,7 +125,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         progress.step = step + 1
         progress.bad_steps += not sound
         progress.bad_steps_in_a_row = 0 if sound else progress.bad_steps_in_a_row + 1
-        progress.skipped_images += int(sum_over_processes(torch.tensor(skipped_images, device=accelerator.device)))
+        progress.skipped_images += skipped
 
         # ---- the codebook at the end of an epoch
         if plan.ends_epoch(progress.step):
@@ -200,18 +200,20 @@ def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
 
 def global_values(
-    losses: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: bool
-) -> tuple[dict[str, float], bool]:
-    """Losses as means over rounds and processes, and whether any process wants to `stop`.
+    losses: list[dict[str, Tensor]], norms: dict[str, Tensor], skipped_images: int, stop: bool
+) -> tuple[dict[str, float], int, bool]:
+    """Losses as means over rounds and processes, skipped images of all processes, and whether any wants to `stop`.
 
-    One all-reduce and one transfer to the host, so every rank sees the same numbers, and a nan on any of them, and
-    decides alike.
+    One all-reduce and the step's only transfer to the host, so every rank sees the same numbers, and a nan on any of
+    them, and decides alike.
     """
     names = list(losses[0])
     means = torch.stack([torch.stack([parts[name] for name in names]) for parts in losses]).mean(0)
-    means = mean_over_processes(torch.cat([means.new_tensor([float(stop)]), means]))
-    stopping, *numbers = torch.cat([means, torch.stack(list(norms.values()))]).tolist()
-    return dict(zip([*names, *norms], numbers, strict=True)), stopping > 0
+    counts = torch.tensor([float(skipped_images), float(stop)]).to(means.device, non_blocking=True)
+    sums = sum_over_processes(torch.cat([counts, means]))
+    everything = [sums[:2], sums[2:] / num_processes(), torch.stack(list(norms.values()))]
+    skipped, stopping, *numbers = torch.cat(everything).tolist()
+    return dict(zip([*names, *norms], numbers, strict=True)), int(skipped), stopping > 0
 
 
 def validate(setup: Setup) -> bool:

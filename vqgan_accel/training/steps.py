@@ -61,7 +61,7 @@ def generator_backward(
             gen_loss = generator_loss(adversarial.loss, fake_logits)
             (d_gen,) = torch.autograd.grad(gen_loss, leaf, retain_graph=True)
             accelerator.backward(fake_loss(adversarial.loss, fake_logits))  # now, for it frees D's graph
-        weight = torch.tensor(adversarial.weight, device=images.device)
+        weight = torch.full((), adversarial.weight, device=images.device)  # a kernel; `torch.tensor` waits for the GPU
         if adversarial.adaptive_weight:
             model: ImageTokenizer = accelerator.unwrap_model(tokenizer)
             weight = weight * adaptive_weight(model, output.last_features, gradient, d_gen)

@@ -9,7 +9,7 @@ from vqgan_accel.config import (
     QuantizerConfig,
     StandardQuantizerConfig,
 )
-from vqgan_accel.models.quantizers.base import CodebookQuantizer, Quantizer, QuantizerOutput
+from vqgan_accel.models.quantizers.base import CodebookQuantizer, Quantizer, QuantizerOutput, count_codes
 from vqgan_accel.models.quantizers.ema import EMAQuantizer
 from vqgan_accel.models.quantizers.entropy import EntropyQuantizer
 from vqgan_accel.models.quantizers.gumbel import GumbelQuantizer
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizerOutput",
     "StandardQuantizer",
     "build_quantizer",
+    "count_codes",
 ]
 
 

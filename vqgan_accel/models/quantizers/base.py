@@ -97,6 +97,13 @@ def gather_codes(codebook: Tensor, codes: Tensor) -> Tensor:
     return nn.functional.embedding(codes, codebook).permute(0, 3, 1, 2)
 
 
+def count_codes(codes: Tensor, num_codes: int) -> Tensor:
+    """codes of any shape -> how often each occurs (K,) int64. Without `bincount`, for which a GPU keeps the host
+    waiting."""
+    codes = codes.flatten()
+    return torch.zeros(num_codes, dtype=torch.int64, device=codes.device).index_add_(0, codes, torch.ones_like(codes))
+
+
 def flatten(latents: Tensor) -> Tensor:
     """(B, D, h, w) -> (B*h*w, D)"""
     return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])

@@ -16,6 +16,7 @@ from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.models.quantizers.base import (
     CodebookQuantizer,
     QuantizerOutput,
+    count_codes,
     flatten,
     gather_codes,
     initial_codebook,
@@ -56,7 +57,7 @@ class EMAQuantizer(CodebookQuantizer):
         codes = nearest_codes(latents, codebook)
         quantized = gather_codes(codebook, codes)
         if self.training:
-            self.new_counts += torch.bincount(codes.flatten(), minlength=self.num_codes)
+            self.new_counts += count_codes(codes, self.num_codes)
             self.new_sums.index_add_(0, codes.flatten(), flatten(latents.detach()))
         commitment_loss = F.mse_loss(latents, quantized)
         return QuantizerOutput(

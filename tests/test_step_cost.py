@@ -1,0 +1,77 @@
+"""What a step costs beside what it must: counted on the meta device, where no tensor has values."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_tokenizer
+from tiny import tiny_config
+
+from vqgan_accel.config import Config, DiscriminatorConfig, LossConfig
+from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
+from vqgan_accel.training.steps import discriminator_backward, generator_backward
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import step_flops
+from step_flops import CASES, Case
+
+
+def small(folder: Path) -> Config:
+    """Convolutions of every kind that the recipes have, at a hundredth of their size."""
+    return tiny_config(
+        folder,
+        data={"path": "none", "image_size": 64},
+        autoencoder={"channels": 64, "channel_multipliers": [1, 2], "upsample_conv": True},
+        losses={"perceptual_weight": 1.0},
+        discriminator={"channel_base": 2048, "channel_max": 64, "r1_weight": 10.0},
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_step_does_the_arithmetic_that_its_mathematics_needs_and_no_more(case: Case, tmp_path: Path) -> None:
+    config = small(tmp_path)
+    done = sum(
+        step_flops.counted(half).sum()
+        for half in step_flops.halves(config, case, step_flops.build(config, case, step_flops.COUNTED), plain=False)
+    )
+    least = step_flops.floor(config, case)
+    assert 0.995 * least <= done <= 1.02 * least
+
+
+@pytest.mark.parametrize("case", CASES[3:], ids=lambda case: case.name)
+def test_a_step_holds_fewer_bytes_at_once_than_the_plain_way(case: Case, tmp_path: Path) -> None:
+    config = small(tmp_path)
+    ours, plain = (
+        step_flops.peak_gib(*step_flops.halves(config, case, step_flops.build(config, case, 8), way))
+        for way in (False, True)
+    )
+    assert ours < 0.95 * plain
+
+
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "ema": {},
+    "entropy": {"entropy_target": "argmax"},
+    "gumbel": {"straight_through": True},
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_nothing_in_a_step_waits_for_a_number(quantizer: str, tmp_path: Path) -> None:
+    """On the meta device, asking a tensor for its value is an error; on a GPU it would empty the queue of work."""
+    config = tiny_config(tmp_path, quantizer={"type": quantizer, **QUANTIZERS[quantizer]})
+    adversarial = DiscriminatorConfig(adaptive_weight=True, r1_weight=1.0)
+    with torch.device("meta"):
+        tokenizer = tiny_tokenizer(config.quantizer)
+        discriminator = StyleGAN2Discriminator(16, channel_base=128, channel_max=16)
+        images = torch.zeros(4, 3, 16, 16)
+    losses = LossConfig(perceptual_weight=0)
+    accelerator = step_flops.Accelerator(cpu=True)
+    step = generator_backward(accelerator, tokenizer, None, discriminator, images, None, losses, adversarial)
+    assert step.fake_logits is not None
+    parts = discriminator_backward(accelerator, discriminator, images, step.fake_logits, adversarial, with_r1=True)
+    assert all(value.device.type == "meta" for value in (step.losses | parts).values())
