@@ -68,9 +68,10 @@ def plain_generator_backward(
     with autocast:
         output = tokenizer(images)
         rec_loss, _ = reconstruction_loss(output.reconstruction, images, perceptual, losses)
-        logits = discriminator(output.reconstruction) if discriminator is not None else None
     total = rec_loss + output.quantizer.loss
-    if logits is not None and adversarial is not None:
+    if discriminator is not None and adversarial is not None:
+        with autocast:
+            logits = discriminator(output.reconstruction)
         gen_loss = generator_loss(adversarial.loss, logits)
         weight: float | Tensor = adversarial.weight
         if adversarial.adaptive_weight:

@@ -45,6 +45,27 @@ def everything(folder: Path, **training: Any) -> Config:
     return tiny_config(folder, **EVERYTHING | {"training": EVERYTHING["training"] | training})
 
 
+# ---- compiled networks
+
+
+def test_compiled_networks_train_and_save_what_the_plain_ones_do(tmp_path):
+    """The validation's ragged batch must not be compiled for, with or without an average."""
+    runs: dict[bool, Path] = {}
+    for compiled in (False, True):
+        settings = {"compile": compiled, "max_steps": 2, "ema_decay": None, "log_every": 1}
+        config = everything(tmp_path / str(compiled), **settings)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        runs[compiled] = train(config)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if compiled else 0)  # encoder, decoder
+    for plain, ours in zip(*(metrics(runs[compiled]) for compiled in (False, True)), strict=True):
+        assert plain.keys() == ours.keys()
+        for name, value in plain.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    names = [tensors(checkpoints(run)[-1]).keys() for run in runs.values()]
+    assert names[0] == names[1]
+
+
 # ---- resuming
 
 

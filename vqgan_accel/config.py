@@ -228,6 +228,7 @@ class TrainingConfig(Section):
     total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
     gradient_accumulation_steps: int = Field(1, ge=1)
     mixed_precision: PrecisionField = "auto"  # auto: what `accelerate launch` says, else no
+    compile: bool = False  # encoder, decoder and perceptual network by torch.compile (docs/performance.md says when)
     base_lr: float = Field(1e-4, gt=0)  # learning rate of both networks at base_batch_size
     base_batch_size: int = Field(256, ge=1)
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"  # lr = base_lr * f(total_batch_size / base_batch_size)

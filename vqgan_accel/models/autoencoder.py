@@ -89,7 +89,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents (B, in_channels, h, w) -> pixels (B, 3, h * stride, w * stride), as `last_layer(features(latents))`.
+    """latents (B, in_channels, h, w) -> pixels (B, 3, H, W) = `last_layer(features)`, and these features (B, channels,
+    H, W), H = h * stride and W = w * stride.
 
     The cut before the last convolution is where the adaptive weight looks (Esser et al. 2021, eq. 7).
     """
@@ -107,14 +108,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(config.channels, 3, 3, padding=1)
         self.activation: nn.Module = nn.Tanh() if config.output_activation == "tanh" else nn.Identity()
 
-    def features(self, latents: Tensor) -> Tensor:
-        """(B, in_channels, h, w) -> the last convolution's input (B, channels, H, W)"""
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         x = self.blocks(self.initial_residual(self.conv_in(latents)))
-        return F.silu(self.norm(x))
+        features = F.silu(self.norm(x))
+        return self.last_layer(features), features
 
     def last_layer(self, features: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, 3, H, W)"""
         return self.activation(self.conv_out(features))
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.last_layer(self.features(latents))

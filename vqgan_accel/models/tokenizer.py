@@ -62,15 +62,18 @@ class ImageTokenizer(nn.Module):
         return self.encoder((images - self.pixel_mean) / self.pixel_std)
 
     def last_layer(self, features: Tensor) -> Tensor:
-        """(B, channels, H, W) -> pixels (B, 3, H, W), float32"""
-        return self.decoder.last_layer(features).float() * self.pixel_std + self.pixel_mean
+        """(B, channels, H, W) -> pixels (B, 3, H, W) where [-1, 1] is the displayable range, float32"""
+        return self.to_public_range(self.decoder.last_layer(features))
+
+    def to_public_range(self, pixels: Tensor) -> Tensor:
+        return pixels.float() * self.pixel_std + self.pixel_mean
 
     def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> TokenizerOutput:
         """images (B, 3, H, W) in [-1, 1]; sample_seeds (B,) int64: see Quantizer.forward."""
         latents = self.latents(images)
         quantized = self.quantizer(latents, sample_seeds)
-        features = self.decoder.features(quantized.quantized)
-        return TokenizerOutput(self.last_layer(features), quantized, latents.detach(), features.detach())
+        pixels, features = self.decoder(quantized.quantized)
+        return TokenizerOutput(self.to_public_range(pixels), quantized, latents.detach(), features.detach())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -87,7 +90,8 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"codes are int64 of shape (B, h, w), not {codes.dtype} of shape {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.quantizer.num_codes:
             raise ValueError(f"codes lie in [0, {self.quantizer.num_codes}), not in [{codes.min()}, {codes.max()}]")
-        return self.last_layer(self.decoder.features(self.quantizer.codes_to_latents(codes))).clamp(-1, 1)
+        pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
+        return self.to_public_range(pixels).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

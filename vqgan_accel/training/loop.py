@@ -219,14 +219,15 @@ def global_values(
 def validate(setup: Setup) -> bool:
     """Measure the (averaged) tokenizer on the whole validation split; True where it is the best so far."""
     state, training, step = setup.state, setup.plan.config.training, setup.state.progress.step
-    evaluation = evaluate_tokenizer(
-        state.averaged_tokenizer or state.tokenizer,
-        setup.validation_batches,
-        setup.metrics,
-        setup.accelerator.device,
-        setup.plan.config.data.image_size,
-        setup.plan.config.evaluation.grid_images,
-    )
+    with torch.compiler.set_stance("force_eager"):  # or the last, smaller batch of the split would be compiled for
+        evaluation = evaluate_tokenizer(
+            state.averaged_tokenizer or state.tokenizer,
+            setup.validation_batches,
+            setup.metrics,
+            setup.accelerator.device,
+            setup.plan.config.data.image_size,
+            setup.plan.config.evaluation.grid_images,
+        )
     setup.tracking.log(step, {f"validation/{name}": value for name, value in evaluation.results.items()})
     listed = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.results.items())
     setup.tracking.say(f"step {step}: validation on {evaluation.num_images} images: {listed}")

@@ -106,6 +106,10 @@ def set_up(config: Config, resume: bool) -> Setup:
     average = None
     if config.training.ema_decay is not None:
         average = AveragedModel(model, device, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay))
+    if config.training.compile:  # in place: names in checkpoints stay, and the average, made above, is not compiled
+        for network in (model.encoder, model.decoder, perceptual):
+            if network is not None:
+                network.compile()
     optimizers: dict[str, Optimizer] = {}
     tokenizer, optimizers["tokenizer"] = accelerator.prepare(model, AdamW(decay_groups(model, plan), **adamw(plan)))
     discriminator = None

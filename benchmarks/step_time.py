@@ -1,0 +1,340 @@
+"""Seconds of one training step beside two other ways to write it, on the same networks, images and losses.
+
+    python benchmarks/step_time.py [CONFIG] [--size 128] [--batch 4] [--repeats 4]
+
+1. The plain way (plain_step.py), in float32 and in bf16, on the recipe's networks.
+2. The way of diffusers' example for its VQModel (examples/vqgan/train_vqgan.py): each batch trains the tokenizer or the
+   discriminator, in turn, so that both are trained by two batches; the adaptive weight by two backward passes. Its
+   gradient penalty in every step is left out, in its favour. Both sides train a VQModel (pip install diffusers).
+
+Before anything is timed, both ways' gradients are compared. Competitors take turns; the fastest turn of each is shown,
+and the share of this processor's rate that it reaches, by the FLOPs that step_flops.py counts. Perceptual networks have
+random weights here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from plain_step import OneHotQuantizer, plain_discriminator_backward, plain_generator_backward, torchs_convolutions
+from step_flops import CASES, COUNTED, RECIPE, Case, build, counted, halves
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from vqgan_accel.config import Config, DiscriminatorConfig, load_config
+from vqgan_accel.describe import build_discriminator, build_tokenizer, perceptual_shell
+from vqgan_accel.models.quantizers import QuantizerOutput, StandardQuantizer
+from vqgan_accel.models.tokenizer import TokenizerOutput
+from vqgan_accel.training.steps import discriminator_backward, generator_backward
+
+PRECISIONS = ("float32", "bf16")
+
+
+class OneProcess:
+    """What the steps ask of an Accelerator, which allows one precision a process."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        return Autocast(module, self)
+
+    def unwrap_model(self, module: nn.Module) -> nn.Module:
+        return module.module if isinstance(module, Autocast) else module
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class Autocast(nn.Module):
+    """As Accelerate prepares a network: autocast around its forward pass."""
+
+    def __init__(self, module: nn.Module, accelerator: OneProcess) -> None:
+        super().__init__()
+        self.module, self.accelerator = module, accelerator
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        with self.accelerator.autocast():
+            return self.module(*arguments, **settings)
+
+
+class Competitor:
+    """Networks of its own, from the same weights, and both optimizers."""
+
+    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str, fused: bool) -> None:
+        self.tokenizer, self.perceptual, self.discriminator = copy.deepcopy(networks)
+        self.accelerator = OneProcess(precision)
+        self.optimizers = [
+            AdamW(network.parameters(), lr=1e-6, fused=fused) for network in (self.tokenizer, self.discriminator)
+        ]
+
+    def update(self, *which: int) -> None:
+        for index in which:
+            self.optimizers[index].step()
+            self.optimizers[index].zero_grad()
+
+    def gradients(self) -> list[Tensor | None]:
+        return [p.grad for network in (self.tokenizer, self.discriminator) for p in network.parameters()]
+
+
+class Ours(Competitor):
+    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+        super().__init__(networks, precision, fused=True)
+        for network in (self.perceptual, self.discriminator):
+            network.to(memory_format=torch.channels_last)
+        self.prepared = [self.accelerator.prepare(network) for network in (self.tokenizer, self.discriminator)]
+
+    def backward(self, images: Tensor, config: Config, adversarial: DiscriminatorConfig | None, case: Case) -> None:
+        tokenizer, discriminator = self.prepared
+        accelerator: Any = self.accelerator
+        step = generator_backward(
+            accelerator, tokenizer, self.perceptual, discriminator, images, None, config.losses, adversarial
+        )
+        if adversarial is not None and step.fake_logits is not None:
+            discriminator_backward(accelerator, discriminator, images, step.fake_logits, adversarial, case.r1)
+
+
+class Plain(Competitor):
+    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+        super().__init__(networks, precision, fused=False)
+        assert isinstance(self.tokenizer.quantizer, StandardQuantizer)
+        self.tokenizer.quantizer = OneHotQuantizer(self.tokenizer.quantizer)
+
+    def backward(self, images: Tensor, config: Config, adversarial: DiscriminatorConfig | None, case: Case) -> None:
+        autocast, losses = self.accelerator.autocast(), config.losses
+        with torchs_convolutions():
+            reconstruction = plain_generator_backward(
+                self.tokenizer, self.perceptual, self.discriminator, images, losses, adversarial, autocast
+            )
+            if adversarial is not None:
+                self.discriminator.zero_grad()
+                plain_discriminator_backward(self.discriminator, images, reconstruction, adversarial, case.r1, autocast)
+
+
+class VQModelTokenizer(nn.Module):
+    """diffusers' VQModel, as our steps see a tokenizer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.decoder = model.decoder
+        self.decoder.conv_out.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
+        self.features = arguments[0].detach()
+
+    def last_layer(self, features: Tensor) -> Tensor:
+        return self.decoder.conv_out(features)
+
+    def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> TokenizerOutput:
+        latents = self.model.encode(images).latents
+        quantized, loss, (_, _, codes) = self.model.quantize(latents)
+        reconstruction = self.decoder(self.model.post_quant_conv(quantized))
+        output = QuantizerOutput(quantized, codes, loss, {})
+        return TokenizerOutput(reconstruction.float(), output, latents.detach(), self.features)
+
+
+class Example(Competitor):
+    """diffusers' example: `networks[0]` is a VQModelTokenizer, of which it sees the VQModel."""
+
+    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+        super().__init__(networks, precision, fused=False)
+
+    def step(self, images: Tensor) -> None:
+        """One update of each network, each on `images`."""
+        with torchs_convolutions():
+            self.train_tokenizer(images)
+            self.train_discriminator(images)
+
+    def train_tokenizer(self, images: Tensor) -> None:
+        with self.accelerator.autocast():
+            reconstruction, commitment = self.tokenizer.model(images, return_dict=False)
+        reconstruction = reconstruction.float()
+        loss = F.mse_loss(images, reconstruction) + commitment
+        perceptual = self.perceptual(reconstruction, images).mean()  # not prepared in the example: float32 always
+        with self.accelerator.autocast():
+            logits = self.discriminator(reconstruction)
+        adversarial, last = -logits.mean(), self.tokenizer.decoder.conv_out.weight
+        norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (perceptual, adversarial)]
+        weight = (norms[0] / norms[1].clamp(min=1e-8)).clamp(max=1e4)
+        (loss + perceptual + weight * adversarial).backward()
+        self.update(0)
+
+    def train_discriminator(self, images: Tensor) -> None:
+        self.optimizers[1].zero_grad()
+        with self.accelerator.autocast():
+            reconstruction, _ = self.tokenizer.model(images, return_dict=False)
+            fake, real = self.discriminator(reconstruction.float().detach()), self.discriminator(images)
+        (F.relu(1 + fake) + F.relu(1 - real)).mean().backward()
+        self.update(1)
+
+
+def fastest(turns: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Seconds; the first turn of each is not counted."""
+    best: dict[str, float] = {}
+    for repeat in range(repeats + 1):
+        for name, turn in turns.items():
+            begun = time.perf_counter()
+            turn()
+            seconds = time.perf_counter() - begun
+            if repeat:
+                best[name] = min(best.get(name, seconds), seconds)
+    return best
+
+
+def full_step(competitor: Ours | Plain, images: Tensor, config: Config, case: Case) -> Callable[[], None]:
+    assert config.discriminator is not None
+    adversarial = config.discriminator.model_copy(update={"adaptive_weight": case.adaptive})
+    if not case.perceptual:
+        config = config.model_copy(update={"losses": config.losses.model_copy(update={"perceptual_weight": 0.0})})
+        competitor.perceptual = None  # type: ignore[assignment]
+
+    def run() -> None:
+        competitor.backward(images, config, adversarial if case.adversarial else None, case)
+        competitor.update(*([0, 1] if case.adversarial else [0]))
+
+    return run
+
+
+def rates() -> dict[str, dict[str, float]]:
+    """GFLOP/s of this processor: of a matrix product, and of the friendliest convolution in the discriminator."""
+    result: dict[str, dict[str, float]] = {}
+    for precision, dtype in zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True):
+        a = torch.randn(2048, 2048, dtype=dtype)
+        x, w = torch.randn(4, 512, 64, 64, dtype=dtype), torch.randn(512, 512, 3, 3, dtype=dtype)
+        x, w = (tensor.to(memory_format=torch.channels_last) for tensor in (x, w))
+        times = fastest({"mm": lambda a=a: a @ a, "conv": lambda x=x, w=w: F.conv2d(x, w, padding=1)}, 5)
+        result[precision] = {
+            "matrix product": 2e-9 * 2048**3 / times["mm"],
+            "convolution": 2e-9 * 4 * 512 * 512 * 9 * 64**2 / times["conv"],
+        }
+    return result
+
+
+def check_gradients(ours: Competitor, plain: Competitor) -> None:
+    worst = max(
+        ((a - b).norm() / b.norm()).item()
+        for a, b in zip(ours.gradients(), plain.gradients(), strict=True)
+        if a is not None and b is not None and b.norm() > 0
+    )
+    print(f"gradients of both ways: every parameter's within {worst:.1e} of its norm\n")
+    if worst > 1e-2:
+        raise SystemExit("the two ways do not compute the same step: nothing to compare")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=RECIPE)
+    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=4)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, [f"data.image_size={arguments.size}"])
+    print(
+        f"{arguments.config} at {arguments.size} px, batch {arguments.batch}; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads of {platform.machine()}"
+    )
+    torch.manual_seed(0)
+    images = torch.rand(arguments.batch, 3, arguments.size, arguments.size) * 2 - 1
+    tokenizer, discriminator, perceptual = (
+        build_tokenizer(config),
+        build_discriminator(config),
+        perceptual_shell(config),
+    )
+    assert discriminator is not None and perceptual is not None
+    nn.init.normal_(tokenizer.quantizer.codebook)  # codes apart: no ties for rounding to decide
+    networks = (tokenizer, perceptual, discriminator)
+
+    adaptive, r1 = CASES[3], CASES[4]
+    ours, plain = Ours(networks, "float32"), Plain(networks, "float32")
+    for competitor in (ours, plain):
+        competitor.backward(images, config, config.discriminator, r1)
+    check_gradients(ours, plain)
+    del ours, plain
+
+    speed = rates()
+    print(
+        "GFLOP/s here: "
+        + "; ".join(
+            f"{precision} " + ", ".join(f"{value:.0f} {kind}" for kind, value in kinds.items())
+            for precision, kinds in speed.items()
+        )
+    )
+
+    print(
+        f"\n{'seconds a step':20}"
+        + "".join(f"{f'{way} {p}':>15}" for p in PRECISIONS for way in ("plain", "ours"))
+        + f"{'x float32':>11}{'x bf16':>8}{'bf16 x plain float32':>22}"
+    )
+    for case in (CASES[0], adaptive, r1):
+        seconds = fastest(
+            {
+                f"{way.__name__} {precision}": full_step(way(networks, precision), images, config, case)
+                for precision in PRECISIONS
+                for way in (Plain, Ours)
+            },
+            arguments.repeats,
+        )
+        a, b, c, d = seconds.values()
+        print(f"{case.name:20}{a:15.2f}{b:15.2f}{c:15.2f}{d:15.2f}{a / b:11.2f}{c / d:8.2f}{a / d:22.2f}")
+        gflop = arguments.batch * sum(
+            counted(half).sum() for half in halves(config, case, build(config, case, COUNTED), plain=False)
+        )
+        for precision, time_ in zip(PRECISIONS, (b, d), strict=True):
+            shares = ", ".join(f"{gflop / time_ / rate:.0%} of the {kind}'s" for kind, rate in speed[precision].items())
+            print(
+                f"    ours {precision}: {gflop / time_:.0f} GFLOP/s, {shares}; {arguments.batch / time_:.2f} images/s"
+            )
+
+    try:
+        from diffusers import VQModel
+    except ImportError:
+        print("\nwithout diffusers (pip install diffusers) there is no comparison with its example")
+        return
+    widths = (64, 128, 256, 512)
+    model = VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=256,
+        num_vq_embeddings=1024,
+        vq_embed_dim=256,
+    )
+    networks = (VQModelTokenizer(model), perceptual, discriminator)
+    seconds = fastest(
+        {
+            f"{name} {precision}": turn
+            for precision in PRECISIONS
+            for name, turn in (
+                ("example", lambda c=Example(networks, precision): c.step(images)),
+                ("ours", full_step(Ours(networks, precision), images, config, adaptive)),
+            )
+        },
+        arguments.repeats,
+    )
+    a, b, c, d = seconds.values()
+    print(f"\n{'VQModel, one update of both networks':40}{'example':>10}{'ours':>10}{'x':>8}")
+    print(f"{'float32':40}{a:10.2f}{b:10.2f}{a / b:8.2f}\n{'bf16':40}{c:10.2f}{d:10.2f}{c / d:8.2f}")
+    print(
+        f"images/s that each network learns from: example {arguments.batch / a:.2f} and {arguments.batch / c:.2f}, ours "
+        f"{arguments.batch / b:.2f} and {arguments.batch / d:.2f}; the example reads twice as many, each for one network"
+    )
+
+
+if __name__ == "__main__":
+    main()
