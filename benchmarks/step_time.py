@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import platform
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from vqgan_accel.models.tokenizer import TokenizerOutput
 from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 PRECISIONS = ("float32", "bf16")
+Networks = tuple[nn.Module, nn.Module, nn.Module]  # tokenizer, perceptual network, discriminator
 
 
 class OneProcess:
@@ -75,7 +77,7 @@ class Autocast(nn.Module):
 class Competitor:
     """Networks of its own, from the same weights, and both optimizers."""
 
-    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str, fused: bool) -> None:
+    def __init__(self, networks: Networks, precision: str, fused: bool) -> None:
         self.tokenizer, self.perceptual, self.discriminator = copy.deepcopy(networks)
         self.accelerator = OneProcess(precision)
         self.optimizers = [
@@ -92,7 +94,7 @@ class Competitor:
 
 
 class Ours(Competitor):
-    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+    def __init__(self, networks: Networks, precision: str) -> None:
         super().__init__(networks, precision, fused=True)
         for network in (self.perceptual, self.discriminator):
             network.to(memory_format=torch.channels_last)
@@ -109,7 +111,7 @@ class Ours(Competitor):
 
 
 class Plain(Competitor):
-    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+    def __init__(self, networks: Networks, precision: str) -> None:
         super().__init__(networks, precision, fused=False)
         assert isinstance(self.tokenizer.quantizer, StandardQuantizer)
         self.tokenizer.quantizer = OneHotQuantizer(self.tokenizer.quantizer)
@@ -151,7 +153,7 @@ class VQModelTokenizer(nn.Module):
 class Example(Competitor):
     """diffusers' example: `networks[0]` is a VQModelTokenizer, of which it sees the VQModel."""
 
-    def __init__(self, networks: tuple[nn.Module, nn.Module, nn.Module], precision: str) -> None:
+    def __init__(self, networks: Networks, precision: str) -> None:
         super().__init__(networks, precision, fused=False)
 
     def step(self, images: Tensor) -> None:
@@ -225,15 +227,83 @@ def rates() -> dict[str, dict[str, float]]:
     return result
 
 
-def check_gradients(ours: Competitor, plain: Competitor) -> None:
+def check_gradients(networks: Networks, images: Tensor, config: Config) -> None:
+    """Both ways on the same networks and images, in float32; stops where they are not the same step."""
+    found = []
+    for way in (Ours, Plain):
+        competitor = way(networks, "float32")
+        competitor.backward(images, config, config.discriminator, CASES[4])
+        found.append(competitor.gradients())
     worst = max(
         ((a - b).norm() / b.norm()).item()
-        for a, b in zip(ours.gradients(), plain.gradients(), strict=True)
+        for a, b in zip(*found, strict=True)
         if a is not None and b is not None and b.norm() > 0
     )
-    print(f"gradients of both ways: every parameter's within {worst:.1e} of its norm\n")
+    print(f"gradients of both ways, R1 included: no parameter's differ by more than {worst:.1e} of their norm")
     if worst > 1e-2:
-        raise SystemExit("the two ways do not compute the same step: nothing to compare")
+        raise SystemExit("the two ways do not compute the same step: there is nothing to compare")
+
+
+def compare_with_plain_way(networks: Networks, images: Tensor, config: Config, repeats: int) -> None:
+    processor = rates()
+    for precision, kinds in processor.items():
+        print(f"{precision} here: " + ", ".join(f"{value:.0f} GFLOP/s {kind}" for kind, value in kinds.items()))
+    print(f"\n{'':20}{'float32':^24}{'bf16':^24}{'ours bf16 /':>14}{'% of the rate, float32, bf16':^32}")
+    print(
+        f"{'seconds a step':20}"
+        + f"{'plain':>8}{'ours':>8}{'x':>8}" * 2
+        + f"{'plain float32':>14}"
+        + "".join(f"{kind:>16}" for kind in processor["bf16"])
+    )
+    for case in (CASES[0], CASES[3], CASES[4]):
+        ways = [(precision, way) for precision in PRECISIONS for way in (Plain, Ours)]
+        turns = {
+            f"{way.__name__} {precision}": full_step(way(networks, precision), images, config, case)
+            for precision, way in ways
+        }
+        plain32, ours32, plain16, ours16 = fastest(turns, repeats).values()
+        gflop = len(images) * sum(
+            counted(half).sum() for half in halves(config, case, build(config, case, COUNTED), plain=False)
+        )
+        reached = {"float32": gflop / ours32, "bf16": gflop / ours16}
+        print(
+            f"{case.name:20}{plain32:8.2f}{ours32:8.2f}{plain32 / ours32:8.2f}{plain16:8.2f}{ours16:8.2f}"
+            f"{plain16 / ours16:8.2f}{plain32 / ours16:14.2f}"
+            + "".join(
+                f"{' and '.join(f'{reached[p] / processor[p][kind]:.0%}' for p in PRECISIONS):>16}"
+                for kind in processor["bf16"]
+            )
+        )
+
+
+def compare_with_example(
+    discriminator: nn.Module, perceptual: nn.Module, images: Tensor, config: Config, repeats: int
+) -> None:
+    try:
+        from diffusers import VQModel
+    except ImportError:
+        print("\nwithout diffusers (pip install diffusers) there is no comparison with its example")
+        return
+    model = VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(64, 128, 256, 512),
+        layers_per_block=2,
+        latent_channels=256,
+        num_vq_embeddings=1024,
+        vq_embed_dim=256,
+    )
+    networks = (VQModelTokenizer(model), perceptual, discriminator)
+    print(f"\n{'VQModel, seconds to update both networks':44}{'example':>10}{'ours':>10}{'x':>8}")
+    turns: dict[str, Callable[[], None]] = {}
+    for precision in PRECISIONS:
+        turns[f"example {precision}"] = functools.partial(Example(networks, precision).step, images)
+        turns[f"ours {precision}"] = full_step(Ours(networks, precision), images, config, CASES[3])
+    seconds = fastest(turns, repeats)
+    for precision in PRECISIONS:
+        example, ours = seconds[f"example {precision}"], seconds[f"ours {precision}"]
+        print(f"{precision:44}{example:10.2f}{ours:10.2f}{example / ours:8.2f}")
+    print("(the example reads two batches meanwhile, each of which trains one network)")
 
 
 def main() -> None:
@@ -251,89 +321,14 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size) * 2 - 1
     tokenizer, discriminator, perceptual = (
-        build_tokenizer(config),
-        build_discriminator(config),
-        perceptual_shell(config),
+        build_network(config) for build_network in (build_tokenizer, build_discriminator, perceptual_shell)
     )
     assert discriminator is not None and perceptual is not None
     nn.init.normal_(tokenizer.quantizer.codebook)  # codes apart: no ties for rounding to decide
     networks = (tokenizer, perceptual, discriminator)
-
-    adaptive, r1 = CASES[3], CASES[4]
-    ours, plain = Ours(networks, "float32"), Plain(networks, "float32")
-    for competitor in (ours, plain):
-        competitor.backward(images, config, config.discriminator, r1)
-    check_gradients(ours, plain)
-    del ours, plain
-
-    speed = rates()
-    print(
-        "GFLOP/s here: "
-        + "; ".join(
-            f"{precision} " + ", ".join(f"{value:.0f} {kind}" for kind, value in kinds.items())
-            for precision, kinds in speed.items()
-        )
-    )
-
-    print(
-        f"\n{'seconds a step':20}"
-        + "".join(f"{f'{way} {p}':>15}" for p in PRECISIONS for way in ("plain", "ours"))
-        + f"{'x float32':>11}{'x bf16':>8}{'bf16 x plain float32':>22}"
-    )
-    for case in (CASES[0], adaptive, r1):
-        seconds = fastest(
-            {
-                f"{way.__name__} {precision}": full_step(way(networks, precision), images, config, case)
-                for precision in PRECISIONS
-                for way in (Plain, Ours)
-            },
-            arguments.repeats,
-        )
-        a, b, c, d = seconds.values()
-        print(f"{case.name:20}{a:15.2f}{b:15.2f}{c:15.2f}{d:15.2f}{a / b:11.2f}{c / d:8.2f}{a / d:22.2f}")
-        gflop = arguments.batch * sum(
-            counted(half).sum() for half in halves(config, case, build(config, case, COUNTED), plain=False)
-        )
-        for precision, time_ in zip(PRECISIONS, (b, d), strict=True):
-            shares = ", ".join(f"{gflop / time_ / rate:.0%} of the {kind}'s" for kind, rate in speed[precision].items())
-            print(
-                f"    ours {precision}: {gflop / time_:.0f} GFLOP/s, {shares}; {arguments.batch / time_:.2f} images/s"
-            )
-
-    try:
-        from diffusers import VQModel
-    except ImportError:
-        print("\nwithout diffusers (pip install diffusers) there is no comparison with its example")
-        return
-    widths = (64, 128, 256, 512)
-    model = VQModel(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=widths,
-        layers_per_block=2,
-        latent_channels=256,
-        num_vq_embeddings=1024,
-        vq_embed_dim=256,
-    )
-    networks = (VQModelTokenizer(model), perceptual, discriminator)
-    seconds = fastest(
-        {
-            f"{name} {precision}": turn
-            for precision in PRECISIONS
-            for name, turn in (
-                ("example", lambda c=Example(networks, precision): c.step(images)),
-                ("ours", full_step(Ours(networks, precision), images, config, adaptive)),
-            )
-        },
-        arguments.repeats,
-    )
-    a, b, c, d = seconds.values()
-    print(f"\n{'VQModel, one update of both networks':40}{'example':>10}{'ours':>10}{'x':>8}")
-    print(f"{'float32':40}{a:10.2f}{b:10.2f}{a / b:8.2f}\n{'bf16':40}{c:10.2f}{d:10.2f}{c / d:8.2f}")
-    print(
-        f"images/s that each network learns from: example {arguments.batch / a:.2f} and {arguments.batch / c:.2f}, ours "
-        f"{arguments.batch / b:.2f} and {arguments.batch / d:.2f}; the example reads twice as many, each for one network"
-    )
+    check_gradients(networks, images, config)
+    compare_with_plain_way(networks, images, config, arguments.repeats)
+    compare_with_example(discriminator, perceptual, images, config, arguments.repeats)
 
 
 if __name__ == "__main__":

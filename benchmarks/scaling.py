@@ -1,0 +1,162 @@
+"""What many GPUs would cost: bytes on the wire, measured; how much of them backward passes hide, simulated.
+
+    python benchmarks/scaling.py [CONFIG] [--size 256] [--batch 4]
+
+One real step under DDP on this CPU notes when each gradient bucket of each network is ready, as a share of its backward
+pass, and how large it is. A simulated network then sends the buckets one after another while an assumed GPU computes: a
+bucket begins when it is ready and the one before it has gone; what is still on its way when the backward pass ends is
+waited for. An all-reduce of n bytes over P processes takes 2 (P - 1) / P n / bandwidth and a latency. Everything about
+GPUs here is an assumption, printed with the result; nothing of it was measured.
+"""
+
+import argparse
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from step_flops import COUNTED, RECIPE, Case, build, counted, halves
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vqgan_accel.config import load_config
+from vqgan_accel.describe import build_discriminator, build_tokenizer, perceptual_shell
+from vqgan_accel.training.steps import discriminator_backward, generator_backward
+
+IMAGES_PER_GPU = 32
+GPU_RATES = {"as the seed ran": 50e12, "fast": 125e12}  # FLOP/s: 10.2 A100-hours an epoch; 40 % of an A100's bf16 rate
+
+
+class Wire(NamedTuple):
+    name: str
+    processes: int
+    bandwidth: float  # bytes/s of a ring all-reduce ("bus bandwidth")
+    latency: float  # seconds of one all-reduce
+
+
+WIRES = [
+    Wire("8 A100, NVLink", 8, 200e9, 50e-6),
+    Wire("8 x 8, 8 HDR InfiniBand ports a node", 64, 150e9, 100e-6),
+    Wire("8 x 8, 1 HDR InfiniBand port a node", 64, 20e9, 100e-6),
+]
+
+
+@dataclass
+class Bucket:
+    ready: float  # share of the backward pass
+    size: int  # bytes
+
+
+class Recorder:
+    """When the buckets of a network's gradient are ready, and how large they are."""
+
+    def __init__(self, network: DistributedDataParallel) -> None:
+        self.ready: list[tuple[float, int]] = []
+        network.register_comm_hook(None, self.note)
+
+    def note(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        gradient = bucket.buffer()
+        self.ready.append((time.perf_counter(), gradient.numel() * gradient.element_size()))
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(gradient)
+        return future
+
+
+class NotedBackward(Accelerator):
+    """An Accelerator that notes when each backward pass began and ended, and lets DDP wait though it is one process."""
+
+    def no_sync(self, model: DistributedDataParallel) -> AbstractContextManager[None]:
+        return model.no_sync()
+
+    def backward(self, loss: torch.Tensor, **settings: Any) -> None:
+        self.spans: list[tuple[float, float]] = [*getattr(self, "spans", []), (time.perf_counter(), 0.0)]
+        super().backward(loss, **settings)
+        self.spans[-1] = (self.spans[-1][0], time.perf_counter())
+
+
+def buckets_of_a_step(config_file: str, size: int, batch: int) -> dict[str, list[Bucket]]:
+    config = load_config(config_file, [f"data.image_size={size}"])
+    assert config.discriminator is not None
+    perceptual = perceptual_shell(config)
+    networks: list[nn.Module | None] = [build_tokenizer(config), build_discriminator(config)]
+    accelerator = NotedBackward(cpu=True)
+    tokenizer, discriminator = (DistributedDataParallel(network) for network in networks if network is not None)
+    recorders = {"tokenizer": Recorder(tokenizer), "discriminator": Recorder(discriminator)}
+    images = torch.rand(batch, 3, size, size) * 2 - 1
+    for _ in range(2):  # DDP lays its buckets out anew after the first
+        accelerator.spans = []
+        for recorder in recorders.values():
+            recorder.ready.clear()
+        made = generator_backward(
+            accelerator, tokenizer, perceptual, discriminator, images, None, config.losses, config.discriminator
+        )
+        assert made.fake_logits is not None
+        discriminator_backward(accelerator, discriminator, images, made.fake_logits, config.discriminator, False)
+    _, *spans = accelerator.spans  # of the discriminator's half on reconstructions, which sends nothing
+    return {
+        name: [Bucket((ready - begun) / (ended - begun), size) for ready, size in recorder.ready]
+        for (name, recorder), (begun, ended) in zip(recorders.items(), spans, strict=True)
+    }
+
+
+def waited(buckets: list[Bucket], backward: float, wire: Wire) -> float:
+    """Seconds between the end of a backward pass of `backward` seconds and the arrival of its last bucket."""
+    free = 0.0
+    for bucket in buckets:
+        sending = 2 * (wire.processes - 1) / wire.processes * bucket.size / wire.bandwidth + wire.latency
+        free = max(free, bucket.ready * backward) + sending
+    return max(0.0, free - backward)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=RECIPE)
+    parser.add_argument("--size", type=int, default=256, help="pixels a side of the step on this CPU")
+    parser.add_argument("--batch", type=int, default=4)
+    arguments = parser.parse_args()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo")
+    buckets = buckets_of_a_step(arguments.config, arguments.size, arguments.batch)
+    dist.destroy_process_group()
+    print("measured, of one update")
+    for name, found in buckets.items():
+        ready = ", ".join(f"{bucket.ready:.0%}" for bucket in found)
+        print(f"  {name:14}{sum(b.size for b in found) / 1e6:8.1f} MB in {len(found)} buckets, ready at {ready}")
+
+    config = load_config(arguments.config)
+    case = Case("adaptive weight", adaptive=True)
+    networks = build(config, case, COUNTED)
+    first, second = (IMAGES_PER_GPU * 1e9 * counted(half) for half in halves(config, case, networks, plain=False))
+    tokenizer_only = Case("VQ-VAE", perceptual=False, adversarial=False)
+    (alone, _) = (
+        IMAGES_PER_GPU * 1e9 * counted(half)
+        for half in halves(config, tokenizer_only, build(config, tokenizer_only, COUNTED), plain=False)
+    )
+    backwards = {"tokenizer": alone[1], "discriminator": second[1]}  # FLOP
+    total = (first + second).sum()
+    print(f"\nassumed: {IMAGES_PER_GPU} images of {config.data.image_size} px a GPU, {total / 1e12:.1f} TFLOP a step")
+    for name, rate in GPU_RATES.items():
+        print(f"  a GPU '{name}': {rate / 1e12:.0f} TFLOP/s")
+    for wire in WIRES:
+        print(f"  {wire.name}: {wire.bandwidth / 1e9:.0f} GB/s, {1e6 * wire.latency:.0f} us an all-reduce")
+    print(f"\n{'predicted':40}{'GPU':>17}{'step, ms':>10}{'sent, ms':>10}{'waited, ms':>12}{'efficiency':>12}")
+    for wire in WIRES:
+        for name, rate in GPU_RATES.items():
+            step = total / rate
+            sent = sum(
+                2 * (wire.processes - 1) / wire.processes * b.size / wire.bandwidth + wire.latency
+                for found in buckets.values()
+                for b in found
+            )
+            late = sum(waited(found, backwards[network] / rate, wire) for network, found in buckets.items())
+            late += 2 * wire.latency  # the adaptive weight's two gradients, and the losses: small, and waited for
+            figures = f"{1e3 * step:10.0f}{1e3 * sent:10.1f}{1e3 * late:12.2f}{step / (step + late):12.1%}"
+            print(f"{wire.name:40}{name:>17}{figures}")
+
+
+if __name__ == "__main__":
+    main()
