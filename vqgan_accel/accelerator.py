@@ -28,8 +28,14 @@ def start_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=list(trackers) or None,
         project_dir=folder,
-        # Buffers are made equal by what fills them; an unused parameter would be a bug, not a case to search for.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # Buffers are made equal by what fills them; an unused parameter would be a bug, not a case to search for.
+                broadcast_buffers=False,
+                find_unused_parameters=False,
+                gradient_as_bucket_view=True,  # gradients are reduced where they lie: one copy of them less
+            )
+        ],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
