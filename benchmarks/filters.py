@@ -2,9 +2,9 @@
 
     python benchmarks/filters.py [--channels 128] [--size 256] [--batch 2] [--precision float32|bf16]
 
-`before conv1` keeps every pixel (a 3x3 convolution of stride 2 follows), `before skip` keeps every other one. The second
-derivative is what R1 asks for: of the gradient in the input, to the gradient in the output. Memory is channels_last; the
-last column is the largest difference from the grouped convolution in float32.
+`before conv1` keeps every pixel (a 3x3 convolution of stride 2 follows), `before skip` keeps every other one. The
+second derivative is what R1 asks for: of the gradient in the input, to the gradient in the output. Memory is
+channels_last; the last column is the largest difference from the grouped convolution in float32.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -185,7 +185,7 @@ class Example(Competitor):
         self.update(1)
 
 
-def fastest(turns: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def fastest(turns: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds; the first turn of each is not counted."""
     best: dict[str, float] = {}
     for repeat in range(repeats + 1):

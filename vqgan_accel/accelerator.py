@@ -30,7 +30,8 @@ def start_accelerator(
         project_dir=folder,
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                # Buffers are made equal by what fills them; an unused parameter would be a bug, not a case to search for.
+                # Buffers are made equal by what fills them; an unused parameter would be a bug, not a case to search
+                # for.
                 broadcast_buffers=False,
                 find_unused_parameters=False,
                 gradient_as_bucket_view=True,  # gradients are reduced where they lie: one copy of them less
