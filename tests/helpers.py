@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,6 +16,12 @@ GOLDEN = Path(__file__).parent / "golden"
 # On networks this small threads gain nothing, and where other jobs hold a core each operation waits for its threads:
 # the same test took 0.2 s with one thread and 21 s with two.
 torch.set_num_threads(1)
+
+
+def reset_accelerate() -> None:
+    """Its state is of the whole process: without this the next Accelerator would have the last one's precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def load_golden(name: str) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ import lpips
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from helpers import check_gradients, relative_error, tiny_tokenizer
+from helpers import check_gradients, relative_error, reset_accelerate, tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -227,8 +226,7 @@ def randomise_statistics(features: nn.Module) -> None:
 @pytest.fixture
 def make_accelerator() -> Iterator[Callable[..., Accelerator]]:
     yield lambda **settings: Accelerator(cpu=True, **settings)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 STEP_QUANTIZERS: dict[str, QuantizerConfig] = {

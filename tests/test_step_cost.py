@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from accelerate import Accelerator
+from helpers import reset_accelerate, tiny_tokenizer
 from tiny import tiny_config
 
 from vqgan_accel.config import Config, DiscriminatorConfig, LossConfig
@@ -18,6 +20,12 @@ from vqgan_accel.training.steps import discriminator_backward, generator_backwar
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import step_flops
 from step_flops import CASES, Case
+
+
+@pytest.fixture(autouse=True)
+def accelerate_afterwards() -> Iterator[None]:
+    yield
+    reset_accelerate()
 
 
 def small(folder: Path) -> Config:
@@ -70,7 +78,7 @@ def test_nothing_in_a_step_waits_for_a_number(quantizer: str, tmp_path: Path) ->
         discriminator = StyleGAN2Discriminator(16, channel_base=128, channel_max=16)
         images = torch.zeros(4, 3, 16, 16)
     losses = LossConfig(perceptual_weight=0)
-    accelerator = step_flops.Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     step = generator_backward(accelerator, tokenizer, None, discriminator, images, None, losses, adversarial)
     assert step.fake_logits is not None
     parts = discriminator_backward(accelerator, discriminator, images, step.fake_logits, adversarial, with_r1=True)
