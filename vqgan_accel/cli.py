@@ -118,6 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     make_beton.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100")
 
+    imports = add("import", "Another trainer's checkpoint, as a folder that evaluate reads like ours.", run_import)
+    imports.add_argument("format", choices=("lightning",), help="lightning: SerezD's vqvae-vqgan-pytorch-lightning")
+    imports.add_argument("checkpoint", type=Path, help="file")
+    imports.add_argument("--config", type=Path, required=True, help="the YAML file that it was trained with")
+    imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
+
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
     doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
     return parser
@@ -168,6 +174,12 @@ def run_make_beton(options: argparse.Namespace) -> None:
     values = {"data": {"backend": "auto", "path": options.source}, "training": {"max_steps": 1}}
     data = parse_config(values, options.overrides, source="make-beton").data
     make_betons(data, options.output, BetonOptions(options.max_resolution, options.write_mode, options.quality))
+
+
+def run_import(options: argparse.Namespace) -> None:
+    from vqgan_accel.interop.lightning import import_lightning
+
+    print("\n".join(import_lightning(options.checkpoint, options.config, options.output)))
 
 
 def run_doctor(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
+DISCRIMINATOR = "discriminator.safetensors"  # a file there
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -61,6 +63,28 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync(path.parent)
+
+
+@contextmanager
+def written_as_a_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, beside `folder`, which takes its name at the end; nothing is left where writing fails.
+
+    ValueError where there is something at `folder` already.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; give another output folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
+            os.replace(partial, folder)
+            sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

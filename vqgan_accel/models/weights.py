@@ -41,18 +41,21 @@ def load_published(name: str, file: str | None) -> dict[str, Tensor]:
 
 def load_state(file: Path, setting: str) -> dict[str, Tensor]:
     """A state dict from a .safetensors or a PyTorch file, never executing what a pickle asks for."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{setting}: there is no file {file}")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a file of something else the readers raise nearly every type there is
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"{setting}: {file} is not a file of weights that can be read safely ({reason})") from None
+    state = read_safely(file, setting)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{setting}: {file} does not hold a plain state dict (names to tensors)")
     return state
+
+
+def read_safely(file: Path, setting: str) -> object:
+    """What a .safetensors or a PyTorch file holds, as long as that is tensors and plain values."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{setting}: there is no file {file}")
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # on a file of something else the readers raise nearly every type there is
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{setting}: {file} is not a file of weights that can be read safely ({reason})") from None
 
 
 def fit_state(module: nn.Module, state: dict[str, Tensor], setting: str, file: str | None) -> None:

@@ -35,6 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import (
+    DISCRIMINATOR,
     TOKENIZER,
     TOKENIZER_EMA,
     checkpoints,
@@ -44,7 +45,6 @@ from vqgan_accel.run_folder import (
     write_json,
 )
 
-DISCRIMINATOR = "discriminator.safetensors"
 OPTIMIZERS = "optimizers.safetensors"
 PROGRESS = "progress.json"
 STREAM = "stream.json"

@@ -48,9 +48,7 @@ class EMAQuantizer(CodebookQuantizer):
         self.register_buffer("new_sums", torch.zeros(num_codes, embedding_dim), persistent=False)
 
     def codebook_vectors(self) -> Tensor:
-        total = self.counts.sum()
-        smoothed = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
-        return self.sums / smoothed[:, None]
+        return self.sums / smoothed_counts(self.counts, self.epsilon)[:, None]
 
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
         codebook = self.codebook_vectors()
@@ -82,6 +80,10 @@ class EMAQuantizer(CodebookQuantizer):
         # A count of 1 is the weight of a code that is used about once a step; the sum follows so that m / N is the
         # vector.
         self.counts[codes] = 1.0
-        total = self.counts.sum()
-        smoothed = (1 + self.epsilon) / (total + self.num_codes * self.epsilon) * total
-        self.sums[codes] = vectors * smoothed
+        self.sums[codes] = vectors * smoothed_counts(self.counts, self.epsilon)[codes, None]
+
+
+def smoothed_counts(counts: Tensor, epsilon: float) -> Tensor:
+    """(K,) -> (K,) of the same sum, none of them 0 (Laplace smoothing)."""
+    total = counts.sum()
+    return (counts + epsilon) / (total + len(counts) * epsilon) * total
