@@ -81,9 +81,20 @@ def test_a_filter_that_is_not_learnt_takes_no_gradient_of_its_own() -> None:
     x, weight, _ = operands(groups=2, kernel=3, side=16)
     weight = weight.detach()
     once = flops(lambda: conv2d(x, weight, groups=2))
-    y = conv2d(x, weight, groups=2)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = conv2d(x, weight, groups=2)
+    assert [tensor.shape for tensor in kept] == [weight.shape]  # and keeps no input
     (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     assert flops(lambda: slope.square().sum().backward()) == 2 * once
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_weights_gradient_has_the_strides_of_the_weight_which_ddp_compares(kernel: int) -> None:
+    x, weight, _ = operands(groups=1, kernel=kernel, side=8)
+    weight = weight.detach().to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(conv2d(x, weight).square().sum(), weight)
+    assert gradient.stride() == weight.stride()
 
 
 def test_under_autocast_it_rounds_as_torchs_convolution_does_and_gradients_come_back_in_float32() -> None:

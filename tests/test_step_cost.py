@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from helpers import reset_accelerate, tiny_tokenizer
 from tiny import tiny_config
+from torch import Tensor
 
 from vqgan_accel.config import Config, DiscriminatorConfig, LossConfig
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
@@ -60,6 +62,30 @@ def test_a_step_holds_fewer_bytes_at_once_than_the_plain_way(case: Case, tmp_pat
     assert ours < 0.95 * plain
 
 
+def test_the_discriminators_graph_is_gone_when_the_tokenizers_backward_pass_begins(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    tokenizer = tiny_tokenizer(config.quantizer)
+    kept: list[weakref.ref[Tensor]] = []
+
+    class Watched(StyleGAN2Discriminator):
+        def forward(self, images: Tensor, full_precision: bool = False) -> Tensor:
+            def pack(tensor: Tensor) -> Tensor:
+                copy = tensor.detach()  # its own object, which dies with the graph
+                kept.append(weakref.ref(copy))
+                return copy
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return super().forward(images, full_precision)
+
+    alive: list[int] = []
+    tokenizer.decoder.conv_out.weight.register_hook(lambda _: alive.append(sum(ref() is not None for ref in kept)))
+    discriminator = Watched(16, channel_base=128, channel_max=16)
+    adversarial, losses = DiscriminatorConfig(), LossConfig(perceptual_weight=0)
+    images = torch.rand(4, 3, 16, 16)
+    generator_backward(Accelerator(cpu=True), tokenizer, None, discriminator, images, None, losses, adversarial)
+    assert len(kept) > 20 and alive == [0]
+
+
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "standard": {},
     "ema": {},
@@ -69,8 +95,8 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_nothing_in_a_step_waits_for_a_number(quantizer: str, tmp_path: Path) -> None:
-    """On the meta device, asking a tensor for its value is an error; on a GPU it would empty the queue of work."""
+def test_no_value_is_asked_for_in_a_step(quantizer: str, tmp_path: Path) -> None:
+    """Which on the meta device is an error, and would make a GPU's host wait."""
     config = tiny_config(tmp_path, quantizer={"type": quantizer, **QUANTIZERS[quantizer]})
     adversarial = DiscriminatorConfig(adaptive_weight=True, r1_weight=1.0)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tiny import DISCRIMINATOR, merged, tiny_config, write_images
 
 from vqgan_accel.config import Config, load_config, save_config
 from vqgan_accel.run_folder import checkpoints
-from vqgan_accel.training import checkpoint, loop, steps
+from vqgan_accel.training import checkpoint, loop, setup, steps
 from vqgan_accel.training.checkpoint import save_checkpoint
 from vqgan_accel.training.loop import train
 from vqgan_accel.training.tracking import trim_metrics
@@ -48,22 +49,52 @@ def everything(folder: Path, **training: Any) -> Config:
 # ---- compiled networks
 
 
-def test_compiled_networks_train_and_save_what_the_plain_ones_do(tmp_path):
+class Distance(torch.nn.Module):
+    """Stands for a perceptual network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3).requires_grad_(False)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (self.conv(a) - self.conv(b)).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_compiled_networks_train_and_save_what_the_plain_ones_do(ema_decay, tmp_path, monkeypatch):
     """The validation's ragged batch must not be compiled for, with or without an average."""
+    monkeypatch.setattr(setup, "build_perceptual", lambda *_: Distance())  # seeded as the networks are
     runs: dict[bool, Path] = {}
     for compiled in (False, True):
-        settings = {"compile": compiled, "max_steps": 2, "ema_decay": None, "log_every": 1}
+        settings = {"compile": compiled, "max_steps": 2, "ema_decay": ema_decay, "log_every": 1}
         config = everything(tmp_path / str(compiled), **settings)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         runs[compiled] = train(config)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if compiled else 0)  # encoder, decoder
+        # encoder, decoder, perceptual network
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (3 if compiled else 0)
     for plain, ours in zip(*(metrics(runs[compiled]) for compiled in (False, True)), strict=True):
         assert plain.keys() == ours.keys()
         for name, value in plain.items():
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     names = [tensors(checkpoints(run)[-1]).keys() for run in runs.values()]
     assert names[0] == names[1]
+
+
+def test_the_discriminator_and_the_perceptual_network_lie_in_channels_last_and_the_tokenizer_does_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setup, "build_perceptual", lambda *_: Distance())
+    made = setup.set_up(everything(tmp_path), resume=False)
+    with made.held, made.tracking.bar, closing(made.batches):
+        kernels = {
+            name: [p for p in network.parameters() if p.ndim == 4 and p.shape[2] > 1 and p.shape[1] > 1]
+            for name, network in (("d", made.discriminator), ("p", made.perceptual), ("t", made.state.tokenizer))
+        }
+        last = {
+            name: {p.is_contiguous(memory_format=torch.channels_last) for p in found} for name, found in kernels.items()
+        }
+        assert last == {"d": {True}, "p": {True}, "t": {False}}
 
 
 # ---- resuming

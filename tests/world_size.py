@@ -94,6 +94,7 @@ def run(case: Case, folder: Path, images: Path, *arguments: str) -> None:
     command = [str(folder / "config.yaml"), *arguments]
     outcome = run_ranks(command, lambda me: record(me, case, folder), case.processes)
     assert outcome.codes == [0] * case.processes, f"{case}: {outcome.codes}\n{outcome.output}"
+    assert "Grad strides do not match" not in outcome.output, outcome.output  # DDP's, of a copy more a bucket
 
 
 def record(me: Rank, case: Case, folder: Path) -> None:

@@ -34,7 +34,7 @@ def start_accelerator(
                 # for.
                 broadcast_buffers=False,
                 find_unused_parameters=False,
-                gradient_as_bucket_view=True,  # gradients are reduced where they lie: one copy of them less
+                gradient_as_bucket_view=True,  # what was reduced need not be copied back
             )
         ],
     )

@@ -22,7 +22,6 @@ from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
 
 
 class GeneratorStep(NamedTuple):
-    reconstruction: Tensor  # (B, 3, H, W), detached
     codes: Tensor  # (B, h, w)
     latents: Tensor  # (B, D, h, w), detached
     fake_logits: Tensor | None  # (B, 1), detached; None without a discriminator
@@ -74,7 +73,6 @@ def generator_backward(
     surrogate = (output.reconstruction * gradient).sum()
     accelerator.backward(surrogate + output.quantizer.loss)
     return GeneratorStep(
-        reconstruction=leaf.detach(),
         codes=output.quantizer.codes,
         latents=output.latents,
         fake_logits=fake_logits,

@@ -33,7 +33,7 @@ def conv2d(
     """`F.conv2d`: x (B, I, H, W), weight (O, I / groups, k, k), bias (O,) -> (B, O, H', W'), in autocast's precision.
 
     A gradient in x can be differentiated again, in x, weight and bias, as R1 does; one in weight or bias cannot: torch
-    raises a RuntimeError.
+    raises a RuntimeError. For autograd alone, not for torch.func.
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -71,7 +71,7 @@ class _Parameters(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.shape, ctx.geometry = weight.shape, geometry
+        ctx.shape, ctx.stride, ctx.geometry = weight.shape, weight.stride(), geometry
         height, width = (
             (side + 2 * geometry.padding - kernel) // geometry.stride + 1
             for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
@@ -82,7 +82,12 @@ class _Parameters(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        to_weight = conv2d_weight(x, ctx.shape, gradient, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_weight = conv2d_weight(x, ctx.shape, gradient, *ctx.geometry)
+            # The strides of a 1x1 kernel say little, but DDP compares them, and copies where they differ.
+            if to_weight.stride() != ctx.stride:
+                to_weight = to_weight.new_empty_strided(ctx.shape, ctx.stride).copy_(to_weight)
         to_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
         return to_weight, to_bias, None, None
 
