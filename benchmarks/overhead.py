@@ -125,8 +125,8 @@ def main() -> None:
             )
             in_loop, alone = measure(config)
             a, b = statistics.median(in_loop), statistics.median(alone)
-            lines.append(f"{title:16}{a:10.4f}{b:14.4f}{a / b:10.3f}{1e3 * (a - b):14.1f}")
-    print(f"\n{'networks':16}{'in the loop':>10}{'alone':>14}{'ratio':>10}{'difference, ms':>14}")
+            lines.append(f"{title:16}{a:10.4f}{b:14.4f}{a / b:10.3f}{1e3 * (a - b):17.1f}")
+    print(f"\n{'networks':16}{'in the loop':>10}{'alone':>14}{'ratio':>10}{'difference, ms':>17}")
     print("\n".join(lines))
     print(
         f"medians of {arguments.steps - 2} steps, seconds, 64 px, batch 8, torch with {torch.get_num_threads()} threads"

@@ -1,4 +1,5 @@
-"""The step that step_flops.py and step_time.py compare with: the same losses, the way most trainers write them.
+"""The step that step_flops.py and step_time.py compare with: the same losses, as the trainer that this project
+re-creates writes them, but for its compiled operators.
 
 It computes what `vqgan_accel.training.steps` computes, to rounding (step_time.py checks that before it times anything),
 with what those leave out: full distances and a one-hot product in the quantizer, two extra backward passes for the

@@ -4,10 +4,11 @@
 
 1. The plain way (plain_step.py), in float32 and in bf16, on the recipe's networks.
 2. The way of diffusers' example for its VQModel (examples/vqgan/train_vqgan.py): each batch trains the tokenizer or the
-   discriminator, in turn, so that both are trained by two batches; the adaptive weight by two backward passes. Its
-   gradient penalty in every step is left out, in its favour. Both sides train a VQModel (pip install diffusers).
+   discriminator, in turn, so that both are trained by two batches; hinge losses, lambda from the perceptual loss alone,
+   by two backward passes; the perceptual network in float32 always. Its gradient penalty in every step is left out, in
+   its favour. Both sides train a VQModel (pip install diffusers) with our discriminator and perceptual network.
 
-Before anything is timed, both ways' gradients are compared. Competitors take turns; the fastest turn of each is shown,
+Before anything is timed, the gradients of ours and of the plain way are compared. Competitors take turns; the fastest turn of each is shown,
 and the share of this processor's rate that it reaches, by the FLOPs that step_flops.py counts. Perceptual networks have
 random weights here.
 """
@@ -234,11 +235,12 @@ def check_gradients(networks: Networks, images: Tensor, config: Config) -> None:
         competitor = way(networks, "float32")
         competitor.backward(images, config, config.discriminator, CASES[4])
         found.append(competitor.gradients())
+    pairs = list(zip(*found, strict=True))
     worst = max(
-        ((a - b).norm() / b.norm()).item()
-        for a, b in zip(*found, strict=True)
-        if a is not None and b is not None and b.norm() > 0
+        ((a - b).norm() / b.norm()).item() for a, b in pairs if a is not None and b is not None and b.norm() > 0
     )
+    if any((a is None) != (b is None) for a, b in pairs):
+        worst = float("inf")
     print(f"gradients of both ways, R1 included: no parameter's differ by more than {worst:.1e} of their norm")
     if worst > 1e-2:
         raise SystemExit("the two ways do not compute the same step: there is nothing to compare")
