@@ -8,9 +8,9 @@
    by two backward passes; the perceptual network in float32 always. Its gradient penalty in every step is left out, in
    its favour. Both sides train a VQModel (pip install diffusers) with our discriminator and perceptual network.
 
-Before anything is timed, the gradients of ours and of the plain way are compared. Competitors take turns; the fastest turn of each is shown,
-and the share of this processor's rate that it reaches, by the FLOPs that step_flops.py counts. Perceptual networks have
-random weights here.
+Before anything is timed, the gradients of ours and of the plain way are compared. Competitors take turns; the fastest
+turn of each is shown, and the share of this processor's rate that it reaches, by the FLOPs that step_flops.py counts.
+Perceptual networks have random weights here.
 """
 
 from __future__ import annotations
