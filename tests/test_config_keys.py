@@ -98,6 +98,9 @@ def train_every_kind(folder: Path) -> None:
     evaluate(folder / "entropy" / "run", ["evaluation.split=test"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
     train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
+    warm = {**DISCRIMINATOR, "warmup": "1 step"}
+    decoder = {"init_from": str(folder / "ema" / "run"), "decoder_only": True}
+    train(tiny_config(folder / "decoder", quantizer={"type": "ema"}, training=decoder, discriminator=warm))
     steps = {"validate_every": "2 steps", "checkpoint_every": "2 steps"}
     train(tiny_config(folder / "stream", data=hub | {"streaming": True}, training=steps))
 

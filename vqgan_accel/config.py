@@ -201,6 +201,7 @@ class DiscriminatorConfig(Section):
     start: DurationField = Duration(
         0, "epochs"
     )  # adversarial training begins here; before it, D neither runs nor learns
+    warmup: DurationField = Duration(0, "steps")  # from then on D learns alone, before its loss reaches the tokenizer
     weight: float = Field(0.1, ge=0)  # of the generator's adversarial loss; times lambda where adaptive
     adaptive_weight: bool = False  # lambda of Esser et al. 2021, eq. 7
     r1_weight: float = Field(0.0, ge=0)  # coefficient of mean |grad D(x)|^2 as applied (Mescheder et al. 2018); 0: off
@@ -225,6 +226,9 @@ LOWER_IS_BETTER = frozenset({"l2", "lpips", "mobilenet_distance", "rfid", "fd_mo
 class TrainingConfig(Section):
     max_epochs: float | None = Field(None, gt=0)  # training ends at max_epochs or max_steps, whichever comes first
     max_steps: int | None = Field(None, ge=1)  # optimizer steps
+    init_from: str | None = None  # a run, a checkpoint, an import's or a tokenizer's folder, whose weights training
+    # begins with; the discriminator's too, where there are some
+    decoder_only: bool = False  # with init_from: encoder and codebook stay as they are, and so do all codes
     total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
     gradient_accumulation_steps: int = Field(1, ge=1)
     mixed_precision: PrecisionField = "auto"  # auto: what `accelerate launch` says, else no
@@ -260,6 +264,8 @@ class TrainingConfig(Section):
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas are two numbers in [0, 1), not {list(self.betas)}")
+        if self.decoder_only and self.init_from is None:
+            raise ValueError("decoder_only keeps an encoder as it is: say in init_from whose")
         results = [name for metric in self.validation_metrics for name in METRIC_RESULTS[metric]]
         if self.best_metric not in results:
             raise ValueError(
@@ -334,6 +340,12 @@ class Config(Section):
                     "training.gradient_accumulation_steps), which discriminator.minibatch_stddev_group "
                     f"{group} does not divide"
                 )
+        reinit = getattr(self.quantizer, "reinit_every_epochs", None)
+        if self.training.decoder_only and reinit is not None:
+            raise ValueError(
+                f"training.decoder_only keeps the codebook, which quantizer.reinit_every_epochs={reinit} would change; "
+                "set that to null"
+            )
         if size < 11 and "ssim" in self.evaluation.metrics + self.training.validation_metrics:
             raise ValueError(
                 f"SSIM's window of 11 pixels does not fit data.image_size {size}; remove 'ssim' from the metrics"

@@ -73,6 +73,8 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
 
         # ---- gradients of both networks, accumulated over rounds
         setup.tokenizer.train()
+        if config.training.decoder_only:
+            quantizer.eval()  # no noise, no statistics
         rounds: list[GeneratorStep] = []
         losses: list[dict[str, Tensor]] = []
         skipped_images = 0
@@ -91,6 +93,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                     seeds,
                     config.losses,
                     adversarial,
+                    plan.reaches_tokenizer_at(step),
                 )
                 parts = generated.losses
                 if adversarial and setup.discriminator is not None and generated.fake_logits is not None:
@@ -112,7 +115,8 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         if sound:
             for name in learning:
                 optimizers[name].step()
-            quantizer.apply_update()
+            if not config.training.decoder_only:
+                quantizer.apply_update()
             if state.average is not None:
                 state.average.update_parameters(state.tokenizer)
             setup.usage.add(torch.cat([generated.codes for generated in rounds]))

@@ -23,7 +23,8 @@ class Plan:
     learning_rate: float  # at its peak
     warmup_steps: int
     decay_steps: int
-    discriminator_start: int | None  # optimizer step of the first adversarial update; None: never
+    discriminator_start: int | None  # optimizer step of the discriminator's first update; None: never
+    discriminator_warmup: int  # steps from then on in which its loss does not reach the tokenizer
     validate_every: int  # steps
     checkpoint_every: int
 
@@ -47,7 +48,12 @@ class Plan:
         return temperature, cosine(step, 0.0, config.kl_cost, warmup)
 
     def adversarial_at(self, step: int) -> bool:
+        """Whether the discriminator learns."""
         return self.discriminator_start is not None and step >= self.discriminator_start
+
+    def reaches_tokenizer_at(self, step: int) -> bool:
+        """Whether the tokenizer learns from it."""
+        return self.discriminator_start is not None and step >= self.discriminator_start + self.discriminator_warmup
 
     def r1_at(self, step: int) -> bool:
         """R1 is applied on the first adversarial step and every r1_every-th after it."""
@@ -112,6 +118,7 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
         warmup_steps=warmup,
         decay_steps=training.lr_decay.steps(epoch) if training.lr_decay else total_steps,
         discriminator_start=start,
+        discriminator_warmup=config.discriminator.warmup.steps(epoch) if config.discriminator else 0,
         validate_every=max(1, training.validate_every.steps(epoch)),
         checkpoint_every=max(1, training.checkpoint_every.steps(epoch)),
     )
@@ -126,6 +133,7 @@ def require_steps(config: Config) -> None:
         "training.validate_every": training.validate_every,
         "training.checkpoint_every": training.checkpoint_every,
         "discriminator.start": config.discriminator.start if config.discriminator else None,
+        "discriminator.warmup": config.discriminator.warmup if config.discriminator else None,
     }
     if isinstance(quantizer, GumbelQuantizerConfig):
         lengths |= {

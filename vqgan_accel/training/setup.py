@@ -28,6 +28,7 @@ from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
 from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name, step_of
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream
 from vqgan_accel.training.codebook import CodebookUsage
+from vqgan_accel.training.initial import begin_with
 from vqgan_accel.training.plan import Plan, make_plan
 from vqgan_accel.training.tracking import Tracking, check_trackers
 
@@ -92,6 +93,12 @@ def set_up(config: Config, resume: bool) -> Setup:
 
     set_seed(config.seed)  # for the initial weights; every later draw is a function of position
     model, d_model = build_tokenizer(config), build_discriminator(config)
+    if config.training.init_from is not None and checkpoint is None:
+        for line in begin_with(config.training.init_from, config, model, d_model):
+            accelerator.print(line)
+    if config.training.decoder_only:
+        model.encoder.requires_grad_(False)
+        model.quantizer.requires_grad_(False)
     perceptual = build_perceptual(config.losses, config.weights)
     for network in (d_model, perceptual):
         if network is not None:  # the tokenizer stays as it is: GroupNorm is slow in this layout (docs/performance.md)
@@ -255,7 +262,8 @@ def decay_groups(model: ImageTokenizer, plan: Plan) -> list[dict[str, Any]]:
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
-        groups[id(parameter) in convolutions].append(parameter)
+        if parameter.requires_grad:
+            groups[id(parameter) in convolutions].append(parameter)
     return [
         {"params": groups[True], "weight_decay": plan.config.training.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
@@ -281,7 +289,8 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "
         f"{training.total_batch_size}/{training.base_batch_size}; warm-up {plan.warmup_steps} steps, cosine to "
         f"{plan.learning_rate * training.lr_final_ratio:.3g} over {plan.decay_steps:,}",
-        f"adversarial        {'off' if discriminator is None else f'from step {plan.discriminator_start:,}'}",
+        f"adversarial        {'off' if discriminator is None else f'from step {plan.discriminator_start:,}'}"
+        + (f", reaching the tokenizer after {plan.discriminator_warmup:,} more" if plan.discriminator_warmup else ""),
         f"every              {training.log_every} steps a log line, {plan.validate_every} a validation, "
         f"{plan.checkpoint_every} a checkpoint",
     ]

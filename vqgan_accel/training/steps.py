@@ -37,12 +37,14 @@ def generator_backward(
     sample_seeds: Tensor | None,
     losses: LossConfig,
     adversarial: DiscriminatorConfig | None,
+    reaches_tokenizer: bool = True,
 ) -> GeneratorStep:
     """Accumulate the gradient that images (B, 3, H, W) in [-1, 1] give the tokenizer, and the one that their
     reconstructions give the discriminator.
 
-    `discriminator` and `adversarial` are None before adversarial training starts. The losses are differentiated down
-    to the reconstruction only; one backward pass through the tokenizer then serves them all, weighted. One forward
+    `discriminator` and `adversarial` are None before adversarial training starts; while the discriminator warms up,
+    `reaches_tokenizer` is False: it learns, and the tokenizer does not learn from it. The losses are differentiated
+    down to the reconstruction only; one backward pass through the tokenizer then serves them all, weighted. One forward
     pass of the discriminator serves its own loss and the generator's.
     """
     output: TokenizerOutput = tokenizer(images, sample_seeds)
@@ -58,13 +60,16 @@ def generator_backward(
         with accelerator.no_sync(discriminator):
             fake_logits = discriminator(leaf)
             gen_loss = generator_loss(adversarial.loss, fake_logits)
-            (d_gen,) = torch.autograd.grad(gen_loss, leaf, retain_graph=True)
+            if reaches_tokenizer:
+                (d_gen,) = torch.autograd.grad(gen_loss, leaf, retain_graph=True)
             accelerator.backward(fake_loss(adversarial.loss, fake_logits))  # now, for it frees D's graph
-        weight = torch.full((), adversarial.weight, device=images.device)  # a kernel; `torch.tensor` waits for the GPU
-        if adversarial.adaptive_weight:
-            model: ImageTokenizer = accelerator.unwrap_model(tokenizer)
-            weight = weight * adaptive_weight(model, output.last_features, gradient, d_gen)
-        gradient = gradient + weight * d_gen
+        # (`torch.full` is a kernel; for `torch.tensor` the host waits for the GPU.)
+        weight = torch.full((), adversarial.weight if reaches_tokenizer else 0.0, device=images.device)
+        if reaches_tokenizer:
+            if adversarial.adaptive_weight:
+                model: ImageTokenizer = accelerator.unwrap_model(tokenizer)
+                weight = weight * adaptive_weight(model, output.last_features, gradient, d_gen)
+            gradient = gradient + weight * d_gen
         total = total + weight * gen_loss.detach()
         parts |= {"generator": gen_loss.detach(), "adversarial_weight": weight}
         fake_logits = fake_logits.detach()

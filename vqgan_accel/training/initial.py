@@ -1,0 +1,53 @@
+"""Fine-tuning: the weights that a run begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from vqgan_accel.config import Config
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.models.weights import fit_state, load_state
+from vqgan_accel.run_folder import DISCRIMINATOR, find_tokenizer
+
+SETTING = "training.init_from"
+
+
+def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discriminator: nn.Module | None) -> list[str]:
+    """Fill freshly built networks with those of a run (its newest checkpoint, averaged where it has averages), a
+    checkpoint, an import or a saved tokenizer. Returns lines that say what was found.
+
+    A discriminator is looked for beside the tokenizer's folder; without one it stays fresh. FileNotFoundError or
+    ValueError where there is no tokenizer, or one of another shape.
+    """
+    try:
+        found, _ = find_tokenizer(Path(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{SETTING}: {error}") from None
+    saved = ImageTokenizer.from_pretrained(found)
+    for key in different(config, saved):
+        raise ValueError(f"{SETTING}: {found} has another {key}; give this run the same")
+    tokenizer.load_state_dict(saved.state_dict())
+    lines = [f"beginning with the tokenizer of {found}"]
+    if discriminator is not None:
+        file = found.parent / DISCRIMINATOR
+        if file.is_file():
+            fit_state(discriminator, load_state(file, SETTING), SETTING, str(file))
+        lines.append(f"beginning with the discriminator of {file}" if file.is_file() else "with a fresh discriminator")
+    return lines
+
+
+def different(config: Config, saved: ImageTokenizer) -> list[str]:
+    """What tells whether weights of one mean the same in the other; costs and schedules may differ."""
+    ours, theirs = config.autoencoder, saved.config.autoencoder
+    keys = [
+        f"autoencoder.{name} ({getattr(theirs, name)})"
+        for name in type(ours).model_fields
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    return keys + [
+        f"quantizer.{name} ({getattr(saved.config.quantizer, name)})"
+        for name in ("type", "num_codes", "embedding_dim")
+        if getattr(config.quantizer, name) != getattr(saved.config.quantizer, name)
+    ]
