@@ -205,6 +205,11 @@ class ImageLoader(DataLoader[Any]):
                     raise ValueError(batch.sentence)
                 yield batch
         except BaseException:  # a failure, or GeneratorExit: closed before its end
+            iterator: Any = self._iterator
+            if any(worker.exitcode for worker in getattr(iterator, "_workers", ())):
+                # One that was killed may hold a lock that the usual end waits for, for ever (pytorch issue 39570). The
+                # others end with this process.
+                iterator._shutdown = True
             self._iterator = None  # ends the workers here and now; as garbage in a traceback each would take 5 s
             raise
 
