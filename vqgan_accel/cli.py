@@ -118,6 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     make_beton.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100")
 
+    reconstruct = add("reconstruct", "Images of any size beside what a tokenizer makes of them.", run_reconstruct)
+    reconstruct.add_argument("path", type=Path, help="a run, a checkpoint, an import or a folder of save_pretrained")
+    reconstruct.add_argument("inputs", type=Path, nargs="+", metavar="input", help="image files, or folders of them")
+    reconstruct.add_argument("--output", type=Path, required=True, help="folder for the pictures and a table")
+    reconstruct.add_argument("--tile", type=int, default=1024, help="pixels; larger images are done in tiles")
+    reconstruct.add_argument("--lpips", action="store_true", help="with LPIPS (VGG) in the table")
+    reconstruct.add_argument("--vgg16", metavar="FILE", help="its backbone's published weights (default: a download)")
+
     imports = add("import", "Another trainer's checkpoint, as a folder that evaluate reads like ours.", run_import)
     imports.add_argument("format", choices=("lightning",), help="lightning: SerezD's vqvae-vqgan-pytorch-lightning")
     imports.add_argument("checkpoint", type=Path, help="file")
@@ -174,6 +182,19 @@ def run_make_beton(options: argparse.Namespace) -> None:
     values = {"data": {"backend": "auto", "path": options.source}, "training": {"max_steps": 1}}
     data = parse_config(values, options.overrides, source="make-beton").data
     make_betons(data, options.output, BetonOptions(options.max_resolution, options.write_mode, options.quality))
+
+
+def run_reconstruct(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import Metric, WeightFiles
+    from vqgan_accel.evaluation.reconstruct import TABLE, reconstruct
+
+    metrics: tuple[Metric, ...] = ("psnr", "ssim", "lpips") if options.lpips else ("psnr", "ssim")
+    weights = WeightFiles(vgg16=options.vgg16)
+    rows = reconstruct(options.path, options.inputs, options.output, options.tile, metrics, weights)
+    for row in rows:
+        figures = ", ".join(f"{name} {row[name]:.4g}" for name in ["bits_per_pixel", *metrics] if row[name] is not None)
+        print(f"{row['file']}: {row['width']} x {row['height']} px, {figures}")
+    print(f"written to {options.output} ({TABLE} and a picture of each)")
 
 
 def run_import(options: argparse.Namespace) -> None:

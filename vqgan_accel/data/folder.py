@@ -23,7 +23,7 @@ class FolderSource:
 
     def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
         self.folder = _split_folder(root, split, key)
-        self.files = _image_files(self.folder)
+        self.files = image_files(self.folder)
         if not self.files:
             raise ValueError(
                 f"no images below {self.folder}; put files there that end in {', '.join(EXTENSIONS)} (any letter case)"
@@ -65,7 +65,7 @@ def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
     """Relative posix paths, sorted. A folder that several links lead to is read once, so that loops end."""
     files: list[str] = []
     read: set[tuple[int, int]] = set()
