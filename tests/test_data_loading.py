@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import re
@@ -197,6 +198,7 @@ def test_a_broken_image_stops_the_run_with_one_sentence(paths, make, kind, worke
     loader = broken(make(paths, workers=workers), paths[5], kind)
     with pytest.raises(ValueError) as error:
         list(loader)
+    assert not multiprocessing.active_children()  # while the error is still held, whose traceback could keep them
     sentence = str(error.value)
     head, tail = f"cannot read image {paths[5]}: ", "; remove or repair it, or set data.on_error=skip"
     assert "\n" not in sentence and sentence.startswith(head) and sentence.endswith(tail)

@@ -205,13 +205,16 @@ class ImageLoader(DataLoader[Any]):
                     raise ValueError(batch.sentence)
                 yield batch
         except BaseException:  # a failure, or GeneratorExit: closed before its end
-            iterator: Any = self._iterator
-            if any(worker.exitcode for worker in getattr(iterator, "_workers", ())):
-                # One that was killed may hold a lock that the usual end waits for, for ever (pytorch issue 39570). The
-                # others end with this process.
-                iterator._shutdown = True
+            _pass_over_killed_workers(self._iterator)
             self._iterator = None  # ends the workers here and now; as garbage in a traceback each would take 5 s
             raise
+
+
+def _pass_over_killed_workers(iterator: Any) -> None:
+    """A worker that was killed may hold a lock that the iterator's usual end waits for, for ever (pytorch issue 39570):
+    then it has none, and the other workers end with this process."""
+    if any(worker.exitcode for worker in getattr(iterator, "_workers", ())):
+        iterator._shutdown = True
 
 
 def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
