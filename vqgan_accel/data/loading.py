@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.opening import backend_of
@@ -212,9 +213,13 @@ class ImageLoader(DataLoader[Any]):
 
 def _pass_over_killed_workers(iterator: Any) -> None:
     """A worker that was killed may hold a lock that the iterator's usual end waits for, for ever (pytorch issue 39570):
-    then it has none, and the other workers end with this process."""
+    where one was, all are ended by force."""
     if any(worker.exitcode for worker in getattr(iterator, "_workers", ())):
-        iterator._shutdown = True
+        iterator._shutdown = True  # the usual end is over
+        signal_handling._remove_worker_pids(id(iterator))  # or each death would be raised as an error of its own
+        for worker in iterator._workers:
+            worker.kill()
+            worker.join()
 
 
 def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
