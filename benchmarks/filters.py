@@ -10,10 +10,10 @@ channels_last; the last column is the largest difference from the grouped convol
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from step_time import fastest
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,12 +63,7 @@ def slices(x: Tensor, padding: int, stride: int) -> Tensor:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begun)
-    return 1e3 * min(times[1:])
+    return 1e3 * fastest({"it": run}, repeats=3)["it"]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from step_flops import COUNTED, RECIPE, Case, build, counted, halves
+from step_flops import CASES, COUNTED, RECIPE, build, counted, halves
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,12 +103,16 @@ def buckets_of_a_step(config_file: str, size: int, batch: int) -> dict[str, list
     }
 
 
+def sending(bucket: Bucket, wire: Wire) -> float:
+    """Seconds of its all-reduce."""
+    return 2 * (wire.processes - 1) / wire.processes * bucket.size / wire.bandwidth + wire.latency
+
+
 def waited(buckets: list[Bucket], backward: float, wire: Wire) -> float:
     """Seconds between the end of a backward pass of `backward` seconds and the arrival of its last bucket."""
     free = 0.0
     for bucket in buckets:
-        sending = 2 * (wire.processes - 1) / wire.processes * bucket.size / wire.bandwidth + wire.latency
-        free = max(free, bucket.ready * backward) + sending
+        free = max(free, bucket.ready * backward) + sending(bucket, wire)
     return max(0.0, free - backward)
 
 
@@ -128,13 +132,12 @@ def main() -> None:
         print(f"  {name:14}{sum(b.size for b in found) / 1e6:8.1f} MB in {len(found)} buckets, ready at {ready}")
 
     config = load_config(arguments.config)
-    case = Case("adaptive weight", adaptive=True)
-    networks = build(config, case, COUNTED)
-    first, second = (IMAGES_PER_GPU * 1e9 * counted(half) for half in halves(config, case, networks, plain=False))
-    tokenizer_only = Case("VQ-VAE", perceptual=False, adversarial=False)
-    (alone, _) = (
-        IMAGES_PER_GPU * 1e9 * counted(half)
-        for half in halves(config, tokenizer_only, build(config, tokenizer_only, COUNTED), plain=False)
+    (alone, _), (first, second) = (
+        [
+            IMAGES_PER_GPU * 1e9 * counted(half)
+            for half in halves(config, case, build(config, case, COUNTED), plain=False)
+        ]
+        for case in (CASES[0], CASES[3])  # the tokenizer by itself, and with the adaptive weight
     )
     backwards = {"tokenizer": alone[1], "discriminator": second[1]}  # FLOP
     total = (first + second).sum()
@@ -147,11 +150,7 @@ def main() -> None:
     for wire in WIRES:
         for name, rate in GPU_RATES.items():
             step = total / rate
-            sent = sum(
-                2 * (wire.processes - 1) / wire.processes * b.size / wire.bandwidth + wire.latency
-                for found in buckets.values()
-                for b in found
-            )
+            sent = sum(sending(bucket, wire) for found in buckets.values() for bucket in found)
             late = sum(waited(found, backwards[network] / rate, wire) for network, found in buckets.items())
             late += 2 * wire.latency  # the adaptive weight's two gradients, and the losses: small, and waited for
             figures = f"{1e3 * step:10.0f}{1e3 * sent:10.1f}{1e3 * late:12.2f}{step / (step + late):12.1%}"

@@ -140,9 +140,7 @@ def floor(config: Config, case: Case) -> float:
     total = 3 * (forward["encoder"] + forward["decoder"]) - first_layer + distances
     if case.perceptual:  # of two images, and back to one of them
         total += 1.5 * forward["perceptual"]
-    if (
-        case.adversarial
-    ):  # two inputs forward, back to the weights of all but the filters, and once more to the fake one
+    if case.adversarial:  # two inputs forward, back to all weights but the filters', and once more to the fake input
         total += 7 * forward["discriminator"] - 2 * filters - 2 * from_rgb
     if case.adaptive:  # two gradients of its weight
         total += 2 * last_layer
@@ -232,7 +230,7 @@ def main() -> None:
     print(
         f"{'step':22}"
         + f"{'forward':>9}{'backward':>9}" * 2
-        + f"{'together':>10}{'floor':>10}{'x floor':>10}" * 1
+        + f"{'together':>10}{'floor':>10}{'x floor':>10}"
         + f"{'':>2}{'together':>9}{'x floor':>9}"
     )
     totals: list[np.ndarray] = []

@@ -308,12 +308,13 @@ def compare_with_example(
     print("(the example reads two batches meanwhile, each of which trains one network)")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked_for(description: str | None, repeats: int) -> tuple[Config, Tensor, int]:
+    """From the command line: a recipe at some size, random images for it, and how many turns each competitor has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=RECIPE)
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=repeats)
     arguments = parser.parse_args()
     config = load_config(arguments.config, [f"data.image_size={arguments.size}"])
     print(
@@ -322,6 +323,11 @@ def main() -> None:
     )
     torch.manual_seed(0)
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size) * 2 - 1
+    return config, images, arguments.repeats
+
+
+def main() -> None:
+    config, images, repeats = asked_for(__doc__, repeats=4)
     tokenizer, discriminator, perceptual = (
         build_network(config) for build_network in (build_tokenizer, build_discriminator, perceptual_shell)
     )
@@ -329,8 +335,8 @@ def main() -> None:
     nn.init.normal_(tokenizer.quantizer.codebook)  # codes apart: no ties for rounding to decide
     networks = (tokenizer, perceptual, discriminator)
     check_gradients(networks, images, config)
-    compare_with_plain_way(networks, images, config, arguments.repeats)
-    compare_with_example(discriminator, perceptual, images, config, arguments.repeats)
+    compare_with_plain_way(networks, images, config, repeats)
+    compare_with_example(discriminator, perceptual, images, config, repeats)
 
 
 if __name__ == "__main__":

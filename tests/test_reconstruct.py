@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgan_accel.cli import main
-from vqgan_accel.config import StandardQuantizerConfig
+from vqgan_accel.config import StandardQuantizerConfig, WeightFiles
 from vqgan_accel.evaluation import reconstruct as module
 from vqgan_accel.evaluation.reconstruct import (
     GAP,
@@ -136,5 +136,8 @@ def test_what_is_wrong_is_named_and_nothing_is_left_behind(tmp_path: Path, token
         with pytest.raises(error, match=sentence):
             reconstruct(tmp_path / "tokenizer", [tmp_path / name for name in inputs], tmp_path / "out", tile=256)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "empty", "tokenizer", "x", "y"]
+    weights = WeightFiles(vgg16=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(FileNotFoundError, match=r"^weights\.vgg16: there is no file .*nowhere"):
+        reconstruct(tmp_path / "tokenizer", [tmp_path / "x"], tmp_path / "out", 256, ("psnr", "lpips"), weights)
     with pytest.raises(ValueError, match="tiles of 100 px are too small"):
         reconstruct_image(tokenizer, random_image(200, 200), tile=100)

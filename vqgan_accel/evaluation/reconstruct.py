@@ -60,19 +60,17 @@ def reconstruct(
     device = accelerator or torch.device("cpu")
     tokenizer = ImageTokenizer.from_pretrained(folder).to(device)
     bits = math.log2(tokenizer.quantizer.num_codes)
-    measures: dict[tuple[Metric, ...], Metrics] = {}
+    measures = {  # before anything is made, for they may lack their networks' weights
+        able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)
+        for able in {able_at(side, metrics) for side in (1, *SMALLEST.values())}
+    }
     rows: list[dict[str, Any]] = []
     with written_as_a_whole(output) as partial:
         for name, file in files.items():
             image = read(file).to(device)
             made = reconstruct_image(tokenizer, image, tile)
             height, width = image.shape[2:]
-            able = tuple(metric for metric in metrics if min(height, width) >= SMALLEST.get(metric, 1))
-            if able not in measures:
-                measures[able] = Metrics(
-                    able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device
-                )
-            figures = figures_of(measures[able], image, made.image)
+            figures = figures_of(measures[able_at(min(height, width), metrics)], image, made.image)
             rows.append(
                 {"file": str(file), "width": width, "height": height, "codes": made.num_codes}
                 | {"bits_per_pixel": made.num_codes * bits / (height * width)}
@@ -86,6 +84,11 @@ def reconstruct(
             writer.writeheader()
             writer.writerows(rows)
     return rows
+
+
+def able_at(side: int, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Those that can be formed of an image whose shorter side has `side` pixels."""
+    return tuple(metric for metric in metrics if side >= SMALLEST.get(metric, 1))
 
 
 def named_images(inputs: Sequence[Path]) -> dict[str, Path]:

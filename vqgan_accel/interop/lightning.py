@@ -44,22 +44,22 @@ def import_lightning(checkpoint: Path, yaml_file: Path, output: Path) -> list[st
 
     tokenizer = build_tokenizer(config)
     fit_state(tokenizer, tokenizer_weights(weights, config), "the YAML file", str(checkpoint))
-    discriminator = build_discriminator(config)
     d_weights = {
         name.removeprefix(DISCRIMINATOR_PREFIX): tensor
         for name, tensor in weights.items()
         if name.startswith(DISCRIMINATOR_PREFIX) and not name.endswith("resample_filter")  # a constant
     }
-    if d_weights and discriminator is None:
-        raise ValueError(
-            f"{checkpoint} holds a discriminator, of which {yaml_file} says nothing (loss.adversarial_params)"
-        )
-    if d_weights and discriminator is not None:
+    discriminator = build_discriminator(config) if d_weights else None
+    if d_weights:
+        if discriminator is None:
+            raise ValueError(
+                f"{checkpoint} holds a discriminator, of which {yaml_file} says nothing (loss.adversarial_params)"
+            )
         fit_state(discriminator, d_weights, "the YAML file", str(checkpoint))
 
     with written_as_a_whole(output) as partial:
         tokenizer.save_pretrained(partial / TOKENIZER)
-        if d_weights and discriminator is not None:
+        if discriminator is not None:
             save_file(discriminator.state_dict(), partial / DISCRIMINATOR)
         save_config(config, partial / CONFIG)
     revision = "head" if config.autoencoder.upsample_conv else "old"

@@ -26,8 +26,8 @@ def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discrimin
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{SETTING}: {error}") from None
     saved = ImageTokenizer.from_pretrained(found)
-    for key in different(config, saved):
-        raise ValueError(f"{SETTING}: {found} has another {key}; give this run the same")
+    if keys := different(config, saved):
+        raise ValueError(f"{SETTING}: {found} has another {', '.join(keys)}; give this run the same")
     tokenizer.load_state_dict(saved.state_dict())
     lines = [f"beginning with the tokenizer of {found}"]
     if discriminator is not None:

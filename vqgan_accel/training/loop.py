@@ -74,7 +74,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         # ---- gradients of both networks, accumulated over rounds
         setup.tokenizer.train()
         if config.training.decoder_only:
-            quantizer.eval()  # no noise, no statistics
+            quantizer.eval()  # no noise, no statistics, no update from them
         rounds: list[GeneratorStep] = []
         losses: list[dict[str, Tensor]] = []
         skipped_images = 0
@@ -115,8 +115,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
         if sound:
             for name in learning:
                 optimizers[name].step()
-            if not config.training.decoder_only:
-                quantizer.apply_update()
+            quantizer.apply_update()
             if state.average is not None:
                 state.average.update_parameters(state.tokenizer)
             setup.usage.add(torch.cat([generated.codes for generated in rounds]))

@@ -51,7 +51,8 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def apply_update(self) -> None:
-        """Called once per optimizer step, on every rank, after the gradients of all accumulation rounds."""
+        """Called once per optimizer step, on every rank, after the gradients of all accumulation rounds. In eval mode
+        nothing was taken, and nothing changes."""
 
     def discard_update(self) -> None:
         """Called instead of `apply_update` where the step is skipped."""

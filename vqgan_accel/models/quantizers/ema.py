@@ -67,6 +67,8 @@ class EMAQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def apply_update(self) -> None:
+        if not self.training:
+            return
         self.counts.lerp_(sum_over_processes(self.new_counts), 1 - self.decay)
         self.sums.lerp_(sum_over_processes(self.new_sums), 1 - self.decay)
         self.discard_update()
