@@ -9,10 +9,12 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqgan_accel.config import AutoencoderConfig, QuantizerConfig
-from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerConfig
+from vqgan_accel.config import QuantizerConfig
+from vqgan_accel.models.tokenizer import ImageTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+# a layout for tiny_tokenizer(**TAMING), or for a config's `autoencoder`
+TAMING = {"type": "taming", "channels": 32, "channel_multipliers": [1, 2, 2], "num_res_blocks": 1, "latent_channels": 8}
 # On networks this small threads gain nothing, and where other jobs hold a core each operation waits for its threads:
 # the same test took 0.2 s with one thread and 21 s with two.
 torch.set_num_threads(1)
@@ -53,13 +55,11 @@ def check_gradients(actual: nn.Module, expected: nn.Module, tolerance: float) ->
 
 
 def tiny_tokenizer(quantizer: QuantizerConfig, image_size: int = 16, **autoencoder: object) -> ImageTokenizer:
-    """Random weights from a fixed seed, and latents spread as wide as the codebook so that many codes are in use."""
+    """Random weights from a fixed seed, stride 4, and latents spread as wide as the codebook so that many codes are in
+    use."""
     torch.manual_seed(0)
-    settings = {"channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, **autoencoder}
-    config = TokenizerConfig(
-        autoencoder=AutoencoderConfig.model_validate(settings), quantizer=quantizer, image_size=image_size
-    )
-    tokenizer = ImageTokenizer(config)
+    layout = {"channels": 32, "channel_multipliers": [1, 2], "num_res_blocks": 1, **autoencoder}
+    tokenizer = ImageTokenizer(layout, quantizer.model_dump(mode="json"), image_size)
     spread_codebook(tokenizer.quantizer)
     for parameter in tokenizer.parameters():  # biases and norms start at 0 and 1, which would hide a missing one
         if parameter.ndim == 1:

@@ -7,11 +7,11 @@ import torch
 from helpers import load_golden, relative_error
 from torch import Tensor, nn
 
-from vqgan_accel.config import AutoencoderConfig
+from vqgan_accel.config import MaskGITConfig
 from vqgan_accel.models.autoencoder import Decoder, Encoder, UnbiasedGroupNorm
 
 VARIANTS = {
-    "old": AutoencoderConfig(
+    "old": MaskGITConfig(
         channels=32,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
@@ -19,7 +19,7 @@ VARIANTS = {
         norm_eps=1e-5,
         output_activation="none",
     ),
-    "head": AutoencoderConfig(
+    "head": MaskGITConfig(
         channels=32,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
@@ -90,7 +90,7 @@ def test_the_unbiased_norm_equals_a_plain_division_by_n_minus_1(eps: float) -> N
 
 
 def test_the_published_sizes_are_20_739_648_and_14_818_499_parameters() -> None:
-    config = AutoencoderConfig(
+    config = MaskGITConfig(
         channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, upsample_conv=False, norm_eps=1e-5
     )
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def test_the_published_sizes_are_20_739_648_and_14_818_499_parameters() -> None:
 
 @pytest.mark.parametrize("multipliers", [(1,), (2, 1, 3)])
 def test_the_stride_is_a_factor_of_two_a_level_and_the_decoder_undoes_it(multipliers: tuple[int, ...]) -> None:
-    config = AutoencoderConfig(channels=32, channel_multipliers=multipliers, num_res_blocks=1)
+    config = MaskGITConfig(channels=32, channel_multipliers=multipliers, num_res_blocks=1)
     encoder, decoder = Encoder(config, out_channels=5), Decoder(config, in_channels=7)
     assert config.stride == 2 ** len(multipliers)
     assert encoder(torch.randn(2, 3, 24, 16)).shape == (2, 5, 24 // config.stride, 16 // config.stride)

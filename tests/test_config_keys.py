@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import torch
+from helpers import TAMING
 from tiny import DISCRIMINATOR, tiny_config, write_splits
 
 import vqgan_accel
@@ -98,6 +99,7 @@ def train_every_kind(folder: Path) -> None:
     evaluate(folder / "entropy" / "run", ["evaluation.split=test"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
     train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
+    train(tiny_config(folder / "taming", autoencoder=TAMING))
     warm = {**DISCRIMINATOR, "warmup": "1 step"}
     decoder = {"init_from": str(folder / "ema" / "run"), "decoder_only": True}
     train(tiny_config(folder / "decoder", quantizer={"type": "ema"}, training=decoder, discriminator=warm))

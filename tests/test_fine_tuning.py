@@ -42,7 +42,7 @@ def test_a_run_begins_with_the_average_and_the_discriminator_of_another_and_resu
     checkpoint = first / "checkpoints" / "latest"
     config = tiny_config(tmp_path / "second", discriminator=ADVERSARIAL, training={"init_from": str(first)})
     tokenizer, discriminator = first_state(config)
-    assert_equal(tokenizer, load_file(checkpoint / "tokenizer_ema" / "model.safetensors"))
+    assert_equal(tokenizer, load_file(checkpoint / "tokenizer_ema" / "diffusion_pytorch_model.safetensors"))
     assert discriminator is not None
     assert_equal(discriminator, load_file(checkpoint / "discriminator.safetensors"))
     assert "beginning with the discriminator of" in capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_decoder_only_changes_the_decoder_and_no_code(quantizer: str, tmp_path: 
     training = {"init_from": str(first), "decoder_only": True, "max_steps": 3, "base_lr": 1e-2, "ema_decay": 0.5}
     second = train(tiny_config(tmp_path / "second", training=training, **settings))
     before, after = (run / "checkpoints" / "latest" / "tokenizer" for run in (first, second))
-    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    old, new = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (before, after))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {name for name in old if name.startswith("decoder.")}
     images = torch.rand(4, 3, 16, 16) * 2 - 1

@@ -83,8 +83,8 @@ def test_an_ema_codebook_is_the_one_it_quantizes_with_whatever_its_counts(tmp_pa
 def test_the_yaml_becomes_a_config_that_builds_the_same_tokenizer(case: str, tmp_path: Path) -> None:
     import_lightning(*files(case), tmp_path / "imported")
     config = load_config(tmp_path / "imported" / "config.yaml")
-    saved = ImageTokenizer.from_pretrained(tmp_path / "imported" / "tokenizer").config
-    assert (config.autoencoder, config.quantizer) == (saved.autoencoder, saved.quantizer)
+    saved = ImageTokenizer.from_pretrained(tmp_path / "imported" / "tokenizer").settings
+    assert (config.autoencoder, config.quantizer) == (saved.autoencoder_config, saved.quantizer_config)
     assert config.autoencoder.upsample_conv == case.endswith("head")
     assert config.training.total_batch_size == 256 and config.training.base_lr == 3e-4
     assert str(config.training.lr_decay) == "150 epochs" and config.training.max_epochs == 150
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left_behind(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"'quantizer\.num_embeddings' is 'many'"):
         import_lightning(checkpoint, other, output)
     torch.save({"state_dict": {"layer.weight": torch.ones(1)}}, tmp_path / "classifier.ckpt")
-    with pytest.raises(ValueError, match=r"classifier\.ckpt has no state_dict with the trainer's encoder"):
+    with pytest.raises(ValueError, match=r"classifier\.ckpt has no state dict with 'encoder.conv_in.weight'"):
         import_lightning(tmp_path / "classifier.ckpt", config, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.ckpt", "other.yaml"]
     output.mkdir()

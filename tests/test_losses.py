@@ -17,7 +17,7 @@ import lpips
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import check_gradients, relative_error, reset_accelerate, tiny_tokenizer
+from helpers import TAMING, check_gradients, relative_error, reset_accelerate, tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -128,10 +128,19 @@ def gradients_at_the_reconstruction(shape: torch.Size, scale: float = 1.0) -> tu
     return torch.randn(shape, generator=generator), scale * torch.randn(shape, generator=generator)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "none"])
-@pytest.mark.parametrize("statistics", ["half", "imagenet"])
-def test_the_adaptive_weight_equals_two_full_backward_passes(activation: str, statistics: str) -> None:
-    tokenizer = tiny_tokenizer(STANDARD, output_activation=activation, pixel_statistics=statistics)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"output_activation": "tanh", "pixel_statistics": "half"},
+        {"output_activation": "tanh", "pixel_statistics": "imagenet"},
+        {"output_activation": "none", "pixel_statistics": "half"},
+        {"output_activation": "none", "pixel_statistics": "imagenet"},
+        TAMING,
+    ],
+    ids=lambda layout: "-".join(value for value in layout.values() if isinstance(value, str)),
+)
+def test_the_adaptive_weight_equals_two_full_backward_passes(layout: dict[str, Any]) -> None:
+    tokenizer = tiny_tokenizer(STANDARD, **layout)
     discriminator = tiny_discriminator()
     images = random_images()
     output = tokenizer(images)
@@ -235,6 +244,7 @@ STEP_QUANTIZERS: dict[str, QuantizerConfig] = {
     "entropy": EntropyQuantizerConfig(type="entropy", num_codes=16, embedding_dim=8),
     "gumbel": GumbelQuantizerConfig(type="gumbel", num_codes=16, embedding_dim=8),
 }
+LINEAR = {"output_activation": "none"}
 LOSSES = LossConfig(l1_weight=0.7, l2_weight=0.4, perceptual_weight=0.3)
 NO_NETWORK = LossConfig(l1_weight=0.7, l2_weight=0.4, perceptual_weight=0)
 
@@ -268,24 +278,29 @@ def classic_total(
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "kind", "adaptive"),
+    ("quantizer", "kind", "adaptive", "layout"),
     [
-        ("standard", "hinge", True),
-        ("standard", "non_saturating", False),
-        ("ema", "non_saturating", True),
-        ("entropy", "non_saturating", True),
-        ("gumbel", "hinge", True),
+        ("standard", "hinge", True, LINEAR),
+        ("standard", "non_saturating", False, LINEAR),
+        ("ema", "non_saturating", True, LINEAR),
+        ("entropy", "non_saturating", True, LINEAR),
+        ("gumbel", "hinge", True, LINEAR),
+        ("standard", "hinge", True, TAMING),
+        ("ema", "non_saturating", False, TAMING),
+        ("entropy", "hinge", False, TAMING),
+        ("gumbel", "non_saturating", True, TAMING),
     ],
 )
 def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_discriminators_loss_on_fakes(
     quantizer: str,
     kind: Kind,
     adaptive: bool,
+    layout: dict[str, Any],
     make_accelerator: Callable[..., Accelerator],
     random_mobilenet: MobileNetDistance,
 ) -> None:
     config = DiscriminatorConfig(loss=kind, weight=0.8, adaptive_weight=adaptive)
-    tokenizer, classic = (tiny_tokenizer(STEP_QUANTIZERS[quantizer], output_activation="none") for _ in range(2))
+    tokenizer, classic = (tiny_tokenizer(STEP_QUANTIZERS[quantizer], **layout) for _ in range(2))
     for model in (tokenizer, classic):
         if isinstance(model.quantizer, GumbelQuantizer):
             model.quantizer.kl_cost = 0.5

@@ -192,6 +192,55 @@ def test_the_loss_and_its_gradients_equal_a_plain_loop_over_tokens(name: str) ->
         assert relative_error(gradient, expected) <= 1e-6
 
 
+@each_codebook
+def test_with_l2_normalize_it_is_the_plain_quantizer_of_unit_vectors(name: str) -> None:
+    unit, plain = build_codebook(name), build_codebook(name)
+    unit.l2_normalize = True
+    vectors = plain.stored_vectors() if not isinstance(plain, EMAQuantizer) else plain.sums
+    vectors.data.copy_(F.normalize(vectors.data, dim=1))
+    if isinstance(unit, EMAQuantizer):  # what the next latents are averaged with
+        unit.sums.copy_(vectors)
+    latents = 3 * random_latents(unit)
+    left, right = latents.clone().requires_grad_(), latents.clone().requires_grad_()
+    ours, expected = unit(left), plain(F.normalize(right, dim=1))
+    weights = torch.randn(ours.quantized.shape, generator=torch.Generator().manual_seed(2))
+    for output in (ours, expected):
+        ((output.quantized * weights).sum() + output.loss).backward()
+    assert torch.equal(ours.codes, expected.codes) and len(ours.codes.unique()) > 3
+    torch.testing.assert_close(ours.quantized, expected.quantized)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    assert left.grad is not None and right.grad is not None
+    torch.testing.assert_close(left.grad, right.grad)
+    torch.testing.assert_close(unit.codes_to_latents(ours.codes).norm(dim=1), torch.ones(ours.codes.shape))
+    assert torch.equal(unit.choose(7 * latents), ours.codes)
+    assert not torch.equal(build_codebook(name).choose(latents), ours.codes)  # lengths matter where it is off
+    unit.apply_update()
+    plain.apply_update()
+    torch.testing.assert_close(unit.codebook_vectors(), F.normalize(plain.codebook_vectors(), dim=1))
+    unit.reinitialise(torch.tensor([1]), torch.full((1, D), 5.0))
+    torch.testing.assert_close(unit.stored_vectors()[1], torch.full((D,), D**-0.5))
+
+
+def test_new_codes_are_unit_vectors_where_l2_normalize() -> None:
+    for quantizer in (
+        StandardQuantizer(K, D, 0.25, l2_normalize=True),
+        EMAQuantizer(K, D, 0.25, DECAY, EPSILON, l2_normalize=True),
+        EntropyQuantizer(K, D, 0.25, 0.1, 0.5, "softmax", l2_normalize=True),
+    ):
+        torch.testing.assert_close(quantizer.stored_vectors().norm(dim=1), torch.ones(K))
+
+
+def test_a_gumbel_quantizer_may_make_its_logits_of_fewer_channels() -> None:
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(K, D, straight_through=False, hidden_channels=6).eval()
+    latents = random_latents(quantizer)
+    assert latents.shape[1] == quantizer.input_channels == 6
+    weight, bias = quantizer.x_to_logits.weight[:, :, 0, 0], quantizer.x_to_logits.bias
+    assert bias is not None
+    logits = torch.stack([weight @ token + bias for token in tokens_of(latents)])
+    assert torch.equal(quantizer(latents).codes.flatten(), logits.argmax(1))
+
+
 def test_an_ema_codebook_is_no_parameter() -> None:
     assert not list(build("ema").parameters())
     assert set(build("ema").state_dict()) == {"counts", "sums"}

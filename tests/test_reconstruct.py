@@ -48,7 +48,7 @@ def tokenizer() -> ImageTokenizer:
 def test_any_size_is_padded_to_the_stride_and_cut_back(height: int, width: int, tokenizer: ImageTokenizer) -> None:
     image = random_image(height, width)
     made = reconstruct_whole(tokenizer, image)
-    stride = tokenizer.config.autoencoder.stride
+    stride = tokenizer.stride
     rows, columns = math.ceil(height / stride), math.ceil(width / stride)
     assert made.image.shape == image.shape and made.num_codes == rows * columns
     padded = image[..., [min(y, height - 1) for y in range(rows * stride)], :]

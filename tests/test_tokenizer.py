@@ -67,7 +67,7 @@ def test_the_codes_of_forward_of_encode_and_of_encode_after_save_and_load_are_id
     torch.manual_seed(99)
     loaded = ImageTokenizer.from_pretrained(tmp_path / "new" / "folder")
     assert not loaded.training
-    assert loaded.config == tokenizer.config
+    assert loaded.settings == tokenizer.settings
     assert torch.equal(loaded.encode(images()), codes)
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
 
@@ -175,7 +175,7 @@ def test_the_first_and_the_last_code_and_an_empty_batch_decode() -> None:
     assert tokenizer.decode(torch.zeros(0, 2, 2, dtype=torch.int64)).shape == (0, 3, 8, 8)
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model.safetensors"])
 def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     tiny_tokenizer(QUANTIZERS["standard"]).save_pretrained(tmp_path)
     (tmp_path / missing).unlink()
@@ -186,7 +186,7 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
 
 def without_quantizer(text: str) -> str:
     values = json.loads(text)
-    del values["quantizer"]
+    del values["quantizer_config"]
     return json.dumps(values)
 
 
@@ -225,9 +225,9 @@ def test_a_config_in_another_encoding_is_named(tmp_path: Path) -> None:
 )
 def test_weights_that_are_none_are_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     tiny_tokenizer(QUANTIZERS["standard"]).save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    check_sentence(tmp_path, str(path), "")
+    check_sentence(tmp_path, str(tmp_path), path.name)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,9 @@ def test_a_config_of_another_shape_than_the_weights_is_named(old: str, new: str,
     path = tmp_path / "config.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    check_sentence(tmp_path, f"{tmp_path / 'model.safetensors'} does not fit its config.json: ", reason)
+    check_sentence(
+        tmp_path, f"{tmp_path / 'diffusion_pytorch_model.safetensors'} does not fit its config.json: ", reason
+    )
 
 
 def check_sentence(folder: Path, beginning: str, reason: str) -> None:
@@ -271,4 +273,4 @@ def test_a_long_list_of_mismatches_is_cut_to_a_sentence_that_can_be_read(tmp_pat
 def test_every_duration_of_a_gumbel_tokenizer_survives_save_and_load(decay: Duration, tmp_path: Path) -> None:
     config = GumbelQuantizerConfig(type="gumbel", temperature_decay=decay, **SIZE)
     tiny_tokenizer(config).save_pretrained(tmp_path)
-    assert ImageTokenizer.from_pretrained(tmp_path).config.quantizer == config
+    assert ImageTokenizer.from_pretrained(tmp_path).settings.quantizer_config == config

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from runs import assert_same_bits, metrics, tensors
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -179,7 +180,7 @@ def test_a_changed_setting_takes_effect_where_a_run_is_resumed(tmp_path, capsys)
     config = everything(tmp_path, eps=1e3, weight_decay=0.0)  # steps too small to change a float32
     run = train(config, resume=True)
     assert "config changed since the run began: training.eps: 1e-08 -> 1000.0" in capsys.readouterr().out
-    before, after = (load_file(path / "tokenizer" / "model.safetensors") for path in checkpoints(run)[-2:])
+    before, after = (load_file(path / "tokenizer" / SAFETENSORS_WEIGHTS_NAME) for path in checkpoints(run)[-2:])
     name = "encoder.conv_in.weight"
     assert (before[name] - after[name]).abs().max() < 1e-7
 
@@ -400,8 +401,8 @@ def test_a_non_finite_step_changes_no_weight_no_moment_and_no_codebook(tmp_path,
     before, after = (tensors(run / "checkpoints" / f"step_0000000{step}") for step in (3, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     later = tensors(run / "checkpoints" / "step_00000005")
-    assert not torch.equal(after["tokenizer/model.safetensors:encoder.conv_in.weight"],
-                           later["tokenizer/model.safetensors:encoder.conv_in.weight"])  # fmt: skip
+    assert not torch.equal(after["tokenizer/diffusion_pytorch_model.safetensors:encoder.conv_in.weight"],
+                           later["tokenizer/diffusion_pytorch_model.safetensors:encoder.conv_in.weight"])  # fmt: skip
     (skipped,) = [line for line in metrics(run) if line["step"] == 4]
     assert skipped["l1"] == "nan" and skipped["bad_steps"] == 1
     assert metrics(run)[-2]["bad_steps"] == 1
@@ -450,8 +451,8 @@ def test_the_average_is_the_closed_form_of_the_weights_it_saw(tmp_path):
     settings = {"max_steps": 3, "checkpoint_every": "1 step", "ema_decay": 0.75}
     run = train(tiny_config(tmp_path, training=settings))
     name = "decoder.conv_out.weight"
-    w1, w2, w3 = (load_file(path / "tokenizer" / "model.safetensors")[name] for path in checkpoints(run))
-    average = load_file(run / "checkpoints" / "latest" / "tokenizer_ema" / "model.safetensors")[name]
+    w1, w2, w3 = (load_file(path / "tokenizer" / SAFETENSORS_WEIGHTS_NAME)[name] for path in checkpoints(run))
+    average = load_file(run / "checkpoints" / "latest" / "tokenizer_ema" / SAFETENSORS_WEIGHTS_NAME)[name]
     torch.testing.assert_close(average, 0.75 * (0.75 * w1 + 0.25 * w2) + 0.25 * w3)
 
 

@@ -26,7 +26,7 @@ ADAPTIVE_PAIRS = [
     (Case(q, "adaptive", "sgd", 1, rounds), Case(q, "adaptive", "sgd", 2, rounds))
     for q in QUANTIZERS
     for rounds in (1, 2)
-]
+] + [(Case("ema", "adaptive", "sgd", 1, 2, "taming"), Case("ema", "adaptive", "sgd", 2, 2, "taming"))]
 # lambda and the mean code distribution are formed per round, so (1, 1) and (1, 2) agree where neither is there
 ROUNDS_PAIRS = [(Case(q, "fixed", "sgd", 1, 1), Case(q, "fixed", "sgd", 1, 2)) for q in ("standard", "ema", "gumbel")]
 ADAM_PAIRS = [(Case(q, "adaptive", "adamw", 1, 1), Case(q, "adaptive", "adamw", 2, 1)) for q in QUANTIZERS]

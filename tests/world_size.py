@@ -17,7 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 import torch
 import torch.distributed as dist
-from helpers import spread_codebook
+from helpers import TAMING, spread_codebook
 from ranks import Rank, run_ranks
 from safetensors.torch import save_file
 from tiny import DISCRIMINATOR, merged, tiny_config, write_images
@@ -46,6 +46,7 @@ class Case(NamedTuple):
     optimizer: str  # sgd | adamw
     processes: int
     rounds: int
+    architecture: str = "maskgit"
 
     @property
     def name(self) -> str:
@@ -56,6 +57,7 @@ CASES = [
     *(Case(q, "adaptive", "sgd", processes, rounds) for q in QUANTIZERS for processes in (1, 2) for rounds in (1, 2)),
     *(Case(q, "fixed", "sgd", 1, rounds) for q in ("standard", "ema", "gumbel") for rounds in (1, 2)),
     *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
+    *(Case("ema", "adaptive", "sgd", processes, 2, "taming") for processes in (1, 2)),
 ]
 CHANGED_AT = 12  # steps
 CHANGES = [
@@ -69,6 +71,7 @@ def settings(case: Case) -> dict[str, Any]:
     adversarial = {"start": f"{START} steps", "r1_weight": 1.0, "r1_every": R1_EVERY, "weight": 0.8}
     return {
         "data": {"workers": 0},
+        **({"autoencoder": TAMING} if case.architecture == "taming" else {}),
         "quantizer": {"type": case.quantizer, "num_codes": 64, **QUANTIZERS[case.quantizer]},
         "losses": {"l1_weight": 0, "l2_weight": 1.0},  # L1 has a kink too
         "discriminator": DISCRIMINATOR | adversarial | {"adaptive_weight": case.weight == "adaptive"},

@@ -126,11 +126,21 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--lpips", action="store_true", help="with LPIPS (VGG) in the table")
     reconstruct.add_argument("--vgg16", metavar="FILE", help="its backbone's published weights (default: a download)")
 
-    imports = add("import", "Another trainer's checkpoint, as a folder that evaluate reads like ours.", run_import)
-    imports.add_argument("format", choices=("lightning",), help="lightning: SerezD's vqvae-vqgan-pytorch-lightning")
+    imports = add("import", "Another program's checkpoint, as a folder that evaluate reads like ours.", run_import)
+    imports.add_argument(
+        "format",
+        choices=("lightning", "taming", "llamagen"),
+        help="lightning: SerezD's vqvae-vqgan-pytorch-lightning; taming: VQModel or GumbelVQ of taming-transformers; "
+        "llamagen: LlamaGen's VQ tokenizers",
+    )
     imports.add_argument("checkpoint", type=Path, help="file")
-    imports.add_argument("--config", type=Path, required=True, help="the YAML file that it was trained with")
+    imports.add_argument("--config", type=Path, help="the YAML file that it was trained with (llamagen has none)")
     imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
+
+    exports = add("export", "A tokenizer in another library's form.", run_export)
+    exports.add_argument("format", choices=("diffusers",), help="diffusers: its VQModel (the taming architecture)")
+    exports.add_argument("path", type=Path, help="a run, a checkpoint, an import or a folder of save_pretrained")
+    exports.add_argument("--output", type=Path, required=True, help="folder for it")
 
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
     doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
@@ -199,8 +209,24 @@ def run_reconstruct(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     from vqgan_accel.interop.lightning import import_lightning
+    from vqgan_accel.interop.taming import import_llamagen, import_taming
 
-    print("\n".join(import_lightning(options.checkpoint, options.config, options.output)))
+    if (options.config is None) != (options.format == "llamagen"):
+        raise ValueError("give --config=YAML for lightning and taming, and none for llamagen, which has no such file")
+    match options.format:
+        case "lightning":
+            lines = import_lightning(options.checkpoint, options.config, options.output)
+        case "taming":
+            lines = import_taming(options.checkpoint, options.config, options.output)
+        case "llamagen":
+            lines = import_llamagen(options.checkpoint, options.output)
+    print("\n".join(lines))
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from vqgan_accel.interop.diffusers import export_diffusers
+
+    print("\n".join(export_diffusers(options.path, options.output)))
 
 
 def run_doctor(options: argparse.Namespace) -> None:

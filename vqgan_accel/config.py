@@ -101,23 +101,17 @@ class DataConfig(Section):
         return self
 
 
-class AutoencoderConfig(Section):
-    """The defaults are the seed's last revision (`head`) but for norm_variance, where that used `unbiased`.
+class ConvolutionalConfig(Section):
+    """What both autoencoders share: levels of blocks, each but perhaps the last with half the side of the one before.
 
-    Its tables (`old`): upsample_conv false, norm_eps 1e-5, output_activation none, pixel_statistics imagenet.
+    `autoencoder.type` is `maskgit` where it is not given.
     """
 
     channels: int = Field(128, gt=0)  # width of the first level
     channel_multipliers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (1, 2, 2, 4)  # one per level
-    num_res_blocks: int = Field(2, ge=1)  # per level, and at the bottom
-    upsample_conv: bool = True  # a 3x3 convolution after each nearest-neighbour upsampling
-    norm_eps: float = Field(1e-6, gt=0)  # GroupNorm's epsilon
-    norm_variance: Literal["biased", "unbiased"] = "biased"  # of GroupNorm: over n (torch's), or over n - 1
-    output_activation: Literal["tanh", "none"] = "tanh"
-    pixel_statistics: Literal["half", "imagenet"] = "half"  # what the networks see inside: [-1, 1], or (x - mean) / std
 
     @model_validator(mode="after")
-    def _check(self) -> AutoencoderConfig:
+    def _check_widths(self) -> ConvolutionalConfig:
         for multiplier in self.channel_multipliers:
             if multiplier < 1 or self.channels * multiplier % GROUP_NORM_GROUPS:
                 raise ValueError(
@@ -128,10 +122,55 @@ class AutoencoderConfig(Section):
                 )
         return self
 
+
+class MaskGITConfig(ConvolutionalConfig):
+    """The defaults are the seed's last revision (`head`) but for norm_variance, where that used `unbiased`.
+
+    Its tables (`old`): upsample_conv false, norm_eps 1e-5, output_activation none, pixel_statistics imagenet.
+    """
+
+    type: Literal["maskgit"] = "maskgit"
+    num_res_blocks: int = Field(2, ge=1)  # per level, and at the bottom
+    upsample_conv: bool = True  # a 3x3 convolution after each nearest-neighbour upsampling
+    norm_eps: float = Field(1e-6, gt=0)  # GroupNorm's epsilon
+    norm_variance: Literal["biased", "unbiased"] = "biased"  # of GroupNorm: over n (torch's), or over n - 1
+    output_activation: Literal["tanh", "none"] = "tanh"
+    pixel_statistics: Literal["half", "imagenet"] = "half"  # what the networks see inside: [-1, 1], or (x - mean) / std
+
     @property
     def stride(self) -> int:
         """Pixels per latent position along one side."""
         return 2 ** len(self.channel_multipliers)
+
+
+class TamingConfig(ConvolutionalConfig):
+    """The VQGAN of taming-transformers (Esser et al. 2021), which diffusers has as `VQModel`."""
+
+    type: Literal["taming"] = "taming"
+    num_res_blocks: int = Field(2, ge=1)  # per level of the encoder; the decoder has one more
+    attention_levels: Annotated[tuple[int, ...], Field(strict=False)] = (-1,)  # levels with attention after every
+    # block, beside the bottom, which always has it; 0 is the full resolution, -1 the coarsest level
+    latent_channels: int = Field(256, gt=0)  # between these networks and the 1x1 convolutions around the quantizer
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> TamingConfig:
+        number = len(self.channel_multipliers)
+        if bad := [level for level in self.attention_levels if not -number <= level < number]:
+            raise ValueError(f"attention_levels has {bad[0]}, and the {number} levels are 0 to {number - 1}")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+def _maskgit_unless_said(value: object) -> object:
+    return {"type": "maskgit", **value} if isinstance(value, dict) else value
+
+
+AutoencoderConfig = MaskGITConfig | TamingConfig
+AutoencoderField = Annotated[AutoencoderConfig, BeforeValidator(_maskgit_unless_said), Field(discriminator="type")]
 
 
 class CodebookConfig(Section):
@@ -143,6 +182,9 @@ class NearestCodeConfig(CodebookConfig):
     """What the three quantizers that pick the nearest code share."""
 
     commitment_cost: float = Field(0.25, ge=0)  # beta (van den Oord et al. 2017, eq. 3)
+    l2_normalize: bool = (
+        False  # latents and codes are compared, and decoded, as unit vectors (Yu et al. 2021, ViT-VQGAN)
+    )
     reinit_every_epochs: int | None = Field(
         None, ge=1
     )  # replace the codes that no image of the epoch used; null: never
@@ -168,6 +210,8 @@ class EntropyQuantizerConfig(NearestCodeConfig):
 
 class GumbelQuantizerConfig(CodebookConfig):
     type: Literal["gumbel"]
+    hidden_channels: int | None = Field(None, ge=1)  # what the encoder emits, before a 1x1 convolution to one logit per
+    # code; null: num_codes, as the seed has it
     straight_through: bool = False  # hard one-hot forward, soft gradient
     temperature_start: float = Field(1.0, gt=0)  # tau (Jang et al. 2017), cosine from start to end
     temperature_end: float = Field(0.0625, gt=0)
@@ -309,7 +353,7 @@ class Config(Section):
     output_dir: str = Field("runs/default", min_length=1)  # checkpoints, metrics.jsonl, pictures, the resolved config
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig = DataConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    autoencoder: AutoencoderField = MaskGITConfig()
     quantizer: QuantizerConfig = Field(StandardQuantizerConfig(type="standard"), discriminator="type")
     losses: LossConfig = LossConfig()
     discriminator: DiscriminatorConfig | None = None  # null: train without one
@@ -425,11 +469,20 @@ def _sections(annotation: Any) -> list[type[Section]]:
     return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
 
 
+UNION_TYPES = {  # a section of which there are several -> its types
+    name: [get_args(section.model_fields["type"].annotation)[0] for section in _sections(union)]
+    for name, union in (("autoencoder", AutoencoderConfig), ("quantizer", QuantizerConfig))
+}
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def _sentence(detail: Any) -> str:
     """One pydantic error as a sentence that names the key as the user writes it."""
-    tags = {tag for section in _sections(QuantizerConfig) for tag in get_args(section.model_fields["type"].annotation)}
     location = detail["loc"]
-    if location[:1] == ("quantizer",) and len(location) > 1 and location[1] in tags:
+    if len(location) > 1 and location[1] in UNION_TYPES.get(location[0], ()):
         location = location[:1] + location[2:]  # pydantic names the union's branch there
     key = ".".join(str(part) for part in location)
     given = detail.get("input")
@@ -439,9 +492,9 @@ def _sentence(detail: Any) -> str:
         case "missing":
             return f"'{key}' is missing"
         case "union_tag_not_found":
-            return "'quantizer.type' is missing; give standard, ema, entropy or gumbel"
+            return f"'{key}.type' is missing; give {_either(UNION_TYPES[key])}"
         case "union_tag_invalid":
-            return f"'quantizer.type' is {given.get('type')!r} but must be standard, ema, entropy or gumbel"
+            return f"'{key}.type' is {given.get('type')!r} but must be {_either(UNION_TYPES[key])}"
         case "value_error":
             return f"{key + ': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
     if key == "training.mixed_precision" and given == "fp16":

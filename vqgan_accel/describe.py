@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqgan_accel.config import Config
 from vqgan_accel.losses.perceptual import LPIPSDistance, MobileNetDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
-from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerConfig
+from vqgan_accel.models.tokenizer import ImageTokenizer
 
 
 def build_tokenizer(config: Config) -> ImageTokenizer:
     return ImageTokenizer(
-        TokenizerConfig(autoencoder=config.autoencoder, quantizer=config.quantizer, image_size=config.data.image_size)
+        config.autoencoder.model_dump(mode="json"), config.quantizer.model_dump(mode="json"), config.data.image_size
     )
 
 

@@ -27,6 +27,7 @@ METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
+TOKENIZER_CONFIG = "config.json"  # a file there, named so by diffusers
 DISCRIMINATOR = "discriminator.safetensors"  # a file there
 
 
@@ -142,7 +143,7 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
         (parent / CONFIG for parent in (path, *path.resolve().parents[:3]) if (parent / CONFIG).is_file()), None
     )
     for tokenizer in (checkpoint / TOKENIZER_EMA, checkpoint / TOKENIZER, checkpoint):
-        if (tokenizer / "model.safetensors").is_file():
+        if (tokenizer / TOKENIZER_CONFIG).is_file():
             return tokenizer, config
     raise FileNotFoundError(
         f"{path} holds no tokenizer: give a run folder, a checkpoint or a folder of save_pretrained"

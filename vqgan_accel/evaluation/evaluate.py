@@ -151,13 +151,17 @@ def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overr
     if config_file is not None:
         config = load_config(config_file, overrides)
     else:
-        own = tokenizer.config.model_dump(mode="json", include={"autoencoder", "quantizer"})
-        values = {"data": {"image_size": tokenizer.config.image_size}, "training": {"max_steps": 1}, **own}
+        own = tokenizer.settings.model_dump(mode="json")
+        values = {
+            "data": {"image_size": own["image_size"]},
+            "training": {"max_steps": 1},
+            "autoencoder": own["autoencoder_config"],
+            "quantizer": own["quantizer_config"],
+        }
         config = parse_config(values, overrides)
-    if config.data.image_size % tokenizer.config.autoencoder.stride:
+    if config.data.image_size % tokenizer.stride:
         raise ValueError(
-            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride "
-            f"{tokenizer.config.autoencoder.stride}"
+            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}"
         )
     return config
 

@@ -146,7 +146,7 @@ def reconstruct_image(tokenizer: ImageTokenizer, image: Tensor, tile: int) -> Re
 def reconstruct_whole(tokenizer: ImageTokenizer, image: Tensor) -> Reconstruction:
     """image (1, 3, H, W), whose last row and column are repeated up to a multiple of the stride, and cut off again."""
     height, width = image.shape[2:]
-    stride = tokenizer.config.autoencoder.stride
+    stride = tokenizer.stride
     padded = F.pad(image, (0, -width % stride, 0, -height % stride), mode="replicate")
     codes = tokenizer.encode(padded)
     return Reconstruction(tokenizer.decode(codes)[..., :height, :width], codes.numel())

@@ -1,5 +1,5 @@
 """The convolutional encoder and decoder of MaskGIT's VQ-GAN (Chang et al. 2022, arXiv 2202.04200), in its two published
-variants: `old` (no convolution after upsampling, linear output) and `head` (see AutoencoderConfig).
+variants: `old` (no convolution after upsampling, linear output) and `head` (see MaskGITConfig).
 
 Module names are those of the seed's checkpoints: blocks count residual and resampling blocks in one list.
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqgan_accel.config import GROUP_NORM_GROUPS, AutoencoderConfig
+from vqgan_accel.config import GROUP_NORM_GROUPS, MaskGITConfig
 
 
 class UnbiasedGroupNorm(nn.GroupNorm):
@@ -26,7 +26,7 @@ class UnbiasedGroupNorm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, self.weight * shrink**0.5, self.bias, self.eps * shrink)
 
 
-def _group_norm(channels: int, config: AutoencoderConfig) -> nn.GroupNorm:
+def _group_norm(channels: int, config: MaskGITConfig) -> nn.GroupNorm:
     norm = UnbiasedGroupNorm if config.norm_variance == "unbiased" else nn.GroupNorm
     return norm(GROUP_NORM_GROUPS, channels, eps=config.norm_eps)
 
@@ -34,7 +34,7 @@ def _group_norm(channels: int, config: AutoencoderConfig) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with pre-activation; a 1x1 shortcut of the raw input where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: MaskGITConfig) -> None:
         super().__init__()
         self.norm1 = _group_norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
@@ -63,7 +63,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _residual_blocks(in_channels: int, out_channels: int, config: AutoencoderConfig) -> list[nn.Module]:
+def _residual_blocks(in_channels: int, out_channels: int, config: MaskGITConfig) -> list[nn.Module]:
     widths = [in_channels] + [out_channels] * config.num_res_blocks
     return [ResidualBlock(a, b, config) for a, b in pairwise(widths)]
 
@@ -71,7 +71,7 @@ def _residual_blocks(in_channels: int, out_channels: int, config: AutoencoderCon
 class Encoder(nn.Module):
     """images (B, 3, H, W) -> latents (B, out_channels, H / stride, W / stride)"""
 
-    def __init__(self, config: AutoencoderConfig, out_channels: int) -> None:
+    def __init__(self, config: MaskGITConfig, out_channels: int) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         blocks: list[nn.Module] = []
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
     The cut before the last convolution is where the adaptive weight looks (Esser et al. 2021, eq. 7).
     """
 
-    def __init__(self, config: AutoencoderConfig, in_channels: int) -> None:
+    def __init__(self, config: MaskGITConfig, in_channels: int) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         blocks: list[nn.Module] = []

@@ -1,20 +1,24 @@
-"""ImageTokenizer: encoder + quantizer + decoder, and its form on disk (config.json + model.safetensors)."""
+"""ImageTokenizer: encoder + quantizer + decoder, a model of diffusers' kind on disk and on the hub."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import Field, ValidationError
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqgan_accel.config import AutoencoderConfig, QuantizerConfig, Section
+from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, TamingConfig
 from vqgan_accel.models.autoencoder import Decoder, Encoder
 from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
+from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,35 +32,60 @@ class TokenizerOutput(NamedTuple):
 
 
 class TokenizerConfig(Section):
-    """What config.json holds."""
+    """What config.json holds, beside diffusers' own entries."""
 
-    autoencoder: AutoencoderConfig
-    quantizer: QuantizerConfig = Field(discriminator="type")
+    autoencoder_config: AutoencoderField
+    quantizer_config: QuantizerConfig = Field(discriminator="type")
     image_size: int  # pixels it was trained at; other multiples of the stride work too
 
 
-class ImageTokenizer(nn.Module):
+class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffusers' own models are
     """Images (B, 3, H, W) in [-1, 1] to codes (B, H / stride, W / stride) and back. H and W are multiples of the
-    stride."""
+    stride.
+
+    A model of diffusers' kind: `from_pretrained` takes a folder or a name on the Hugging Face hub, `push_to_hub` and
+    `save_pretrained` are diffusers' own. The arguments are the fields of TokenizerConfig as plain values; ValueError
+    where they are none.
+    """
 
     pixel_mean: Tensor  # (3, 1, 1) of pixels in [-1, 1]
     pixel_std: Tensor
+    encoder: Encoder | TamingEncoder
+    decoder: Decoder | TamingDecoder
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    # (Not `quantizer`: diffusers' models would answer with that entry where the network of this name is asked for.)
+    @register_to_config
+    def __init__(self, autoencoder_config: dict[str, Any], quantizer_config: dict[str, Any], image_size: int) -> None:
         super().__init__()
-        self.config = config
-        self.quantizer = build_quantizer(config.quantizer)
-        self.encoder = Encoder(config.autoencoder, self.quantizer.input_channels)
-        self.decoder = Decoder(config.autoencoder, config.quantizer.embedding_dim)
+        self.settings = TokenizerConfig.model_validate(
+            {
+                "autoencoder_config": autoencoder_config,
+                "quantizer_config": quantizer_config,
+                "image_size": image_size,
+            }
+        )
+        layout, codes = self.settings.autoencoder_config, self.settings.quantizer_config
+        self.quantizer = build_quantizer(codes)
+        if isinstance(layout, TamingConfig):
+            self.encoder = TamingEncoder(layout, self.quantizer.input_channels)
+            self.decoder = TamingDecoder(layout, codes.embedding_dim)
+        else:
+            self.encoder = Encoder(layout, self.quantizer.input_channels)
+            self.decoder = Decoder(layout, codes.embedding_dim)
         mean, std = torch.zeros(3), torch.ones(3)
-        if config.autoencoder.pixel_statistics == "imagenet":
+        if isinstance(layout, MaskGITConfig) and layout.pixel_statistics == "imagenet":
             mean, std = 2 * torch.tensor(IMAGENET_MEAN) - 1, 2 * torch.tensor(IMAGENET_STD)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
 
+    @property
+    def stride(self) -> int:
+        """Pixels per code along one side."""
+        return self.settings.autoencoder_config.stride
+
     def latents(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the encoder's output (B, input_channels, h, w)"""
-        stride = self.config.autoencoder.stride
+        stride = self.stride
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(f"images are (B, 3, H, W) with H and W multiples of {stride}, not {tuple(images.shape)}")
         return self.encoder((images - self.pixel_mean) / self.pixel_std)
@@ -93,32 +122,45 @@ class ImageTokenizer(nn.Module):
         pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
         return self.to_public_range(pixels).clamp(-1, 1)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
-        """Read what `save_pretrained` wrote, in eval mode on the CPU. FileNotFoundError or ValueError names what is
-        wrong."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is not a saved tokenizer: it has no {name}")
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **options: Any) -> Self:
+        """Read what `save_pretrained` wrote or `push_to_hub` uploaded, in eval mode on the CPU.
+
+        options: diffusers' own, such as revision, subfolder, cache_dir, token. FileNotFoundError or ValueError says
+        what is wrong; unlike diffusers, which fills the gaps at random, weights that do not fit are an error.
+        """
+        place = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
+        if place.is_dir():
+            _check_folder(place)
         try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            tokenizer = cls(TokenizerConfig.model_validate(values))
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-            raise ValueError(
-                f"{folder / 'config.json'} is not a tokenizer's config: {' '.join(str(error).split())[:300]}"
-            ) from None
-        try:
-            tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                use_safetensors=True,  # and never a pickle
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                **options,
+            )
+        except (RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {reason}") from None
-        return tokenizer.eval()
+            raise ValueError(f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {reason}") from None
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{place} cannot be read as a tokenizer: {' '.join(str(error).split())[:500]}") from None
+        tokenizer, found = loaded
+        if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+            raise ValueError(
+                f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {CONFIG_NAME}: one of them has {wrong[:3]}"
+            )
+        return tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    """FileNotFoundError or ValueError with our own sentence, where diffusers has none."""
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a saved tokenizer: it has no {name}")
+    file = folder / CONFIG_NAME
+    try:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        TokenizerConfig.model_validate({key: value for key, value in values.items() if not key.startswith("_")})
+    except (ValueError, TypeError) as error:  # of JSON, of UTF-8, of pydantic
+        raise ValueError(f"{file} is not a tokenizer's config: {' '.join(str(error).split())[:300]}") from None

@@ -20,6 +20,12 @@ PUBLISHED: dict[str, WeightsEnum] = {
     "squeezenet": tv.SqueezeNet1_1_Weights.IMAGENET1K_V1,
     "mobilenet_v2": tv.MobileNet_V2_Weights.IMAGENET1K_V1,
 }
+# Checkpoints of Lightning before 1.5, taming-transformers' published ones among them, have this class as a dict's key.
+IGNORED_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+class Ignored:
+    """What is read in its place: neither needed nor imported."""
 
 
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
@@ -52,7 +58,10 @@ def read_safely(file: Path, setting: str) -> object:
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: there is no file {file}")
     try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([(Ignored, IGNORED_CLASS)]):
+            return torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # on a file of something else the readers raise nearly every type there is
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"{setting}: {file} is not a file of weights that can be read safely ({reason})") from None

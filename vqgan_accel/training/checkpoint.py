@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -107,9 +108,9 @@ def read_stream(folder: Path) -> dict[str, Any]:
 def read_state(state: TrainingState, folder: Path) -> None:
     """Fill `state` in place. ValueError where the checkpoint is of other networks than the config's."""
     try:
-        state.tokenizer.load_state_dict(load_file(folder / TOKENIZER / "model.safetensors"))
+        state.tokenizer.load_state_dict(load_file(folder / TOKENIZER / SAFETENSORS_WEIGHTS_NAME))
         if state.averaged_tokenizer is not None:
-            state.averaged_tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / "model.safetensors"))
+            state.averaged_tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / SAFETENSORS_WEIGHTS_NAME))
         if state.discriminator is not None:
             state.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
         restore_moments(state.optimizers, load_file(folder / OPTIMIZERS))

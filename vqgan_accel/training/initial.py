@@ -12,6 +12,7 @@ from vqgan_accel.models.weights import fit_state, load_state
 from vqgan_accel.run_folder import DISCRIMINATOR, find_tokenizer
 
 SETTING = "training.init_from"
+QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "hidden_channels")
 
 
 def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discriminator: nn.Module | None) -> list[str]:
@@ -40,14 +41,14 @@ def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discrimin
 
 def different(config: Config, saved: ImageTokenizer) -> list[str]:
     """What tells whether weights of one mean the same in the other; costs and schedules may differ."""
-    ours, theirs = config.autoencoder, saved.config.autoencoder
-    keys = [
-        f"autoencoder.{name} ({getattr(theirs, name)})"
-        for name in type(ours).model_fields
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
-    return keys + [
-        f"quantizer.{name} ({getattr(saved.config.quantizer, name)})"
-        for name in ("type", "num_codes", "embedding_dim")
-        if getattr(config.quantizer, name) != getattr(saved.config.quantizer, name)
+    layout, codes = saved.settings.autoencoder_config, saved.settings.quantizer_config
+    sections = (
+        ("autoencoder", config.autoencoder, layout, type(layout).model_fields),
+        ("quantizer", config.quantizer, codes, QUANTIZER_LAYOUT),
+    )
+    return [
+        f"{section}.{name} ({getattr(theirs, name)})"
+        for section, ours, theirs, names in sections
+        for name in names
+        if getattr(ours, name, None) != getattr(theirs, name, None)
     ]

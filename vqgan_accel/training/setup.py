@@ -258,8 +258,9 @@ def adamw(plan: Plan) -> dict[str, Any]:
 
 
 def decay_groups(model: ImageTokenizer, plan: Plan) -> list[dict[str, Any]]:
-    """Weight decay on convolution weights alone: none on norms, biases and the codebook."""
-    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+    """Weight decay on convolution weights (1x1 ones in diffusers' attention are linear layers): none on norms, biases
+    and the codebook."""
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -32,9 +32,9 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     size = (config.num_codes, config.embedding_dim)
     match config:
         case StandardQuantizerConfig():
-            return StandardQuantizer(*size, config.commitment_cost)
+            return StandardQuantizer(*size, config.commitment_cost, config.l2_normalize)
         case EMAQuantizerConfig():
-            return EMAQuantizer(*size, config.commitment_cost, config.decay, config.epsilon)
+            return EMAQuantizer(*size, config.commitment_cost, config.decay, config.epsilon, config.l2_normalize)
         case EntropyQuantizerConfig():
             return EntropyQuantizer(
                 *size,
@@ -42,6 +42,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
                 config.entropy_ratio,
                 config.entropy_temperature,
                 config.entropy_target,
+                config.l2_normalize,
             )
         case GumbelQuantizerConfig():
-            return GumbelQuantizer(*size, config.straight_through)
+            return GumbelQuantizer(*size, config.straight_through, config.hidden_channels)

@@ -27,7 +27,7 @@ class Quantizer(nn.Module):
     """
 
     num_codes: int
-    input_channels: int  # what the encoder must emit: D, or K for logits
+    input_channels: int  # what the encoder must emit: D, or what becomes logits
 
     def forward(self, latents: Tensor, sample_seeds: Tensor | None = None) -> QuantizerOutput:
         """latents (B, input_channels, h, w); sample_seeds (B,) int64 fixes the noise of each sample, where there is
@@ -59,18 +59,32 @@ class Quantizer(nn.Module):
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer with a codebook (K, D), input channels D, whose dead codes can be given new vectors."""
+    """A quantizer with a codebook (K, D), input channels D, whose dead codes can be given new vectors.
+
+    With l2_normalize, latents and codes are compared and decoded as unit vectors (Yu et al. 2021, arXiv 2110.04627,
+    section 3.2).
+    """
+
+    l2_normalize: bool
+
+    def stored_vectors(self) -> Tensor:
+        """(K, D) float32, of any length"""
+        raise NotImplementedError
 
     def codebook_vectors(self) -> Tensor:
-        """(K, D) float32"""
-        raise NotImplementedError
+        """(K, D) float32, as they are compared and decoded"""
+        return self.comparable(self.stored_vectors())
+
+    def comparable(self, vectors: Tensor) -> Tensor:
+        """(N, D, ...): unit vectors where l2_normalize, else as they are."""
+        return nn.functional.normalize(vectors, dim=1) if self.l2_normalize else vectors
 
     def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
         """Give `codes` (n,) the new `vectors` (n, D)."""
         raise NotImplementedError
 
     def choose_float(self, latents: Tensor) -> Tensor:
-        return nearest_codes(latents, self.codebook_vectors())
+        return nearest_codes(self.comparable(latents), self.codebook_vectors())
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         return gather_codes(self.codebook_vectors(), codes)

@@ -34,24 +34,31 @@ class EMAQuantizer(CodebookQuantizer):
     new_sums: Tensor  # (K, D)
 
     def __init__(
-        self, num_codes: int, embedding_dim: int, commitment_cost: float, decay: float, epsilon: float
+        self,
+        num_codes: int,
+        embedding_dim: int,
+        commitment_cost: float,
+        decay: float,
+        epsilon: float,
+        l2_normalize: bool = False,
     ) -> None:
         super().__init__()
         self.num_codes = num_codes
         self.input_channels = embedding_dim
         self.commitment_cost = commitment_cost
+        self.l2_normalize = l2_normalize
         self.decay = decay
         self.epsilon = epsilon
         self.register_buffer("counts", torch.ones(num_codes))
-        self.register_buffer("sums", initial_codebook(num_codes, embedding_dim))
+        self.register_buffer("sums", self.comparable(initial_codebook(num_codes, embedding_dim)))
         self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
         self.register_buffer("new_sums", torch.zeros(num_codes, embedding_dim), persistent=False)
 
-    def codebook_vectors(self) -> Tensor:
+    def stored_vectors(self) -> Tensor:
         return self.sums / smoothed_counts(self.counts, self.epsilon)[:, None]
 
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
-        codebook = self.codebook_vectors()
+        latents, codebook = self.comparable(latents), self.codebook_vectors()
         codes = nearest_codes(latents, codebook)
         quantized = gather_codes(codebook, codes)
         if self.training:
@@ -82,7 +89,7 @@ class EMAQuantizer(CodebookQuantizer):
         # A count of 1 is the weight of a code that is used about once a step; the sum follows so that m / N is the
         # vector.
         self.counts[codes] = 1.0
-        self.sums[codes] = vectors * smoothed_counts(self.counts, self.epsilon)[codes, None]
+        self.sums[codes] = self.comparable(vectors) * smoothed_counts(self.counts, self.epsilon)[codes, None]
 
 
 def smoothed_counts(counts: Tensor, epsilon: float) -> Tensor:

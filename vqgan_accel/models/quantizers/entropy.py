@@ -28,8 +28,9 @@ class EntropyQuantizer(StandardQuantizer):
         ratio: float,
         temperature: float,
         target: Literal["softmax", "argmax"],
+        l2_normalize: bool = False,
     ) -> None:
-        super().__init__(num_codes, embedding_dim, commitment_cost)
+        super().__init__(num_codes, embedding_dim, commitment_cost, l2_normalize)
         self.ratio = ratio
         self.temperature = temperature
         self.target = target
@@ -37,8 +38,8 @@ class EntropyQuantizer(StandardQuantizer):
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
         output = super().quantize(latents, sample_seeds)
         # With |z|^2, which no softmax needs, the logits of the near codes are small and keep more of float32's digits.
-        tokens = flatten(latents)
-        distances = tokens.square().sum(1, keepdim=True) - 2 * tokens @ self.codebook.T + self.codebook.square().sum(1)
+        tokens, codebook = flatten(self.comparable(latents)), self.codebook_vectors()
+        distances = tokens.square().sum(1, keepdim=True) - 2 * tokens @ codebook.T + codebook.square().sum(1)
         entropy_loss = self.entropy_loss(-distances / self.temperature)
         return output._replace(
             loss=output.loss + self.ratio * entropy_loss,

@@ -1,5 +1,5 @@
 """The Gumbel-softmax quantizer (Jang et al. 2017, arXiv 1611.01144) as DALL-E's dVAE trains it (Ramesh et al. 2021,
-arXiv 2102.12092, appendix A.2): the encoder emits one logit per code.
+arXiv 2102.12092, appendix A.2): the encoder emits one logit per code, or what a 1x1 convolution makes logits of.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ class GumbelQuantizer(Quantizer):
     `temperature` and `kl_cost` are set by the training loop's schedules.
     """
 
-    def __init__(self, num_codes: int, embedding_dim: int, straight_through: bool) -> None:
+    def __init__(
+        self, num_codes: int, embedding_dim: int, straight_through: bool, hidden_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.num_codes = num_codes
-        self.input_channels = num_codes
+        self.input_channels = num_codes if hidden_channels is None else hidden_channels
         self.straight_through = straight_through
         self.temperature = 1.0
         self.kl_cost = 0.0
-        self.x_to_logits = nn.Conv2d(num_codes, num_codes, 1)
+        self.x_to_logits = nn.Conv2d(self.input_channels, num_codes, 1)
         self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim))
 
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:

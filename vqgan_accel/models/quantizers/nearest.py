@@ -19,19 +19,21 @@ from vqgan_accel.models.quantizers.base import (
 class StandardQuantizer(CodebookQuantizer):
     """loss = |sg[z] - e|^2 + beta |z - sg[e]|^2 (eq. 3), means over all elements."""
 
-    def __init__(self, num_codes: int, embedding_dim: int, commitment_cost: float) -> None:
+    def __init__(self, num_codes: int, embedding_dim: int, commitment_cost: float, l2_normalize: bool = False) -> None:
         super().__init__()
         self.num_codes = num_codes
         self.input_channels = embedding_dim
         self.commitment_cost = commitment_cost
-        self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim))
+        self.l2_normalize = l2_normalize
+        self.codebook = nn.Parameter(self.comparable(initial_codebook(num_codes, embedding_dim)))
 
-    def codebook_vectors(self) -> Tensor:
+    def stored_vectors(self) -> Tensor:
         return self.codebook
 
     def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
-        codes = nearest_codes(latents, self.codebook)
-        quantized = gather_codes(self.codebook, codes)
+        latents, codebook = self.comparable(latents), self.codebook_vectors()
+        codes = nearest_codes(latents, codebook)
+        quantized = gather_codes(codebook, codes)
         codebook_loss = F.mse_loss(quantized, latents.detach())
         commitment_loss = F.mse_loss(latents, quantized.detach())
         return QuantizerOutput(
@@ -43,4 +45,4 @@ class StandardQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
-        self.codebook[codes] = vectors
+        self.codebook[codes] = self.comparable(vectors)

@@ -1,0 +1,71 @@
+"""What the importers share: another program's YAML file, read key by key, and the folder that an import becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vqgan_accel.config import Config, save_config
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.models.weights import read_safely
+from vqgan_accel.run_folder import CONFIG, DISCRIMINATOR, TOKENIZER, written_as_a_whole
+
+REQUIRED = object()
+
+
+class Settings:
+    """A YAML file of another program. FileNotFoundError or ValueError names the file, and the key that is wrong."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no YAML file at {file}")
+        try:
+            self.values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+    def take(self, key: str, kind: Callable[[Any], Any] = lambda value: value, default: Any = REQUIRED) -> Any:
+        """What stands at a dotted key, as `kind`; where it is missing or null, `default`, if there is one."""
+        values, missing = self.values, False
+        for part in key.split("."):
+            missing = not isinstance(values, dict) or part not in values
+            values = None if missing else values[part]
+        if values is None and default is not REQUIRED:
+            return default
+        if missing:
+            raise ValueError(f"{self.file} is not a YAML file of that program: it has no '{key}'")
+        try:
+            return kind(values)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.file}: '{key}' is {values!r}, which is no {kind.__name__}") from None
+
+
+def read_state_dict(checkpoint: Path, known: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by name, the whole checkpoint). `known` is a name that the program's networks always have.
+
+    ValueError where the file cannot be read safely or holds something else.
+    """
+    found = read_safely(checkpoint, "the checkpoint")
+    whole = found if isinstance(found, dict) else {}
+    for place in ("ema", "state_dict", "model"):  # LlamaGen's averaged weights before the others
+        weights = whole.get(place)
+        if isinstance(weights, dict) and known in weights:
+            return weights, whole
+    if known in whole:
+        return whole, {}
+    raise ValueError(f"{checkpoint} has no state dict with '{known}': it is another program's checkpoint")
+
+
+def write_import(output: Path, config: Config, tokenizer: ImageTokenizer, discriminator: nn.Module | None) -> None:
+    """output/config.yaml, output/tokenizer/ and, where there is one, output/discriminator.safetensors."""
+    with written_as_a_whole(output) as partial:
+        tokenizer.save_pretrained(partial / TOKENIZER)
+        if discriminator is not None:
+            save_file(discriminator.state_dict(), partial / DISCRIMINATOR)
+        save_config(config, partial / CONFIG)
