@@ -16,6 +16,7 @@ USER_ERRORS = (
     OSError,
     FloatingPointError,
 )  # told in a sentence; anything else is our bug and shows its traceback
+TOKENIZER_PATH = "a run, a checkpoint, an import, a folder of save_pretrained, or USER/NAME on the Hugging Face hub"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = add(
         "evaluate", "Measure a tokenizer on a split; also under accelerate launch or torchrun.", run_evaluate
     )
-    evaluate.add_argument("path", type=Path, help="a run, a checkpoint, or a folder of save_pretrained")
+    evaluate.add_argument("path", type=Path, help=TOKENIZER_PATH)
     evaluate.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")
 
@@ -119,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     make_beton.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100")
 
     reconstruct = add("reconstruct", "Images of any size beside what a tokenizer makes of them.", run_reconstruct)
-    reconstruct.add_argument("path", type=Path, help="a run, a checkpoint, an import or a folder of save_pretrained")
+    reconstruct.add_argument("path", type=Path, help=TOKENIZER_PATH)
     reconstruct.add_argument("inputs", type=Path, nargs="+", metavar="input", help="image files, or folders of them")
     reconstruct.add_argument("--output", type=Path, required=True, help="folder for the pictures and a table")
     reconstruct.add_argument("--tile", type=int, default=1024, help="pixels; larger images are done in tiles")
@@ -137,10 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
     imports.add_argument("--config", type=Path, help="the YAML file that it was trained with (llamagen has none)")
     imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
 
-    exports = add("export", "A tokenizer in another library's form.", run_export)
-    exports.add_argument("format", choices=("diffusers",), help="diffusers: its VQModel (the taming architecture)")
-    exports.add_argument("path", type=Path, help="a run, a checkpoint, an import or a folder of save_pretrained")
+    exports = add("export", "A tokenizer for other libraries and other people.", run_export)
+    exports.add_argument(
+        "format",
+        choices=("diffusers", "hub"),
+        help="diffusers: its VQModel (the taming architecture); hub: a repository with recipe, metrics and model card",
+    )
+    exports.add_argument("path", type=Path, help=TOKENIZER_PATH)
     exports.add_argument("--output", type=Path, required=True, help="folder for it")
+    exports.add_argument("--push", metavar="USER/NAME", help="hub: upload it there, too")
+    exports.add_argument("--private", action="store_true", help="with --push: a repository that is new is private")
 
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
     doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
@@ -224,9 +231,18 @@ def run_import(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from vqgan_accel.interop.diffusers import export_diffusers
+    if options.push and options.format != "hub":
+        raise ValueError("--push is for `export hub`")
+    if options.format == "diffusers":
+        from vqgan_accel.interop.diffusers import export_diffusers
 
-    print("\n".join(export_diffusers(options.path, options.output)))
+        print("\n".join(export_diffusers(options.path, options.output)))
+        return
+    from vqgan_accel.interop.hub import export_hub, push_to_hub
+
+    print("\n".join(export_hub(options.path, options.output)))
+    if options.push:
+        print(f"pushed to {push_to_hub(options.output, options.push, options.private)}")
 
 
 def run_doctor(options: argparse.Namespace) -> None:

@@ -270,8 +270,8 @@ LOWER_IS_BETTER = frozenset({"l2", "lpips", "mobilenet_distance", "rfid", "fd_mo
 class TrainingConfig(Section):
     max_epochs: float | None = Field(None, gt=0)  # training ends at max_epochs or max_steps, whichever comes first
     max_steps: int | None = Field(None, ge=1)  # optimizer steps
-    init_from: str | None = None  # a run, a checkpoint, an import's or a tokenizer's folder, whose weights training
-    # begins with; the discriminator's too, where there are some
+    init_from: str | None = None  # a run, a checkpoint, an import's or a tokenizer's folder, or USER/NAME on the hub,
+    # whose weights training begins with; the discriminator's too, where there are some
     decoder_only: bool = False  # with init_from: encoder and codebook stay as they are, and so do all codes
     total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
     gradient_accumulation_steps: int = Field(1, ge=1)

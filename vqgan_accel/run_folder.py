@@ -29,6 +29,8 @@ TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
 TOKENIZER_CONFIG = "config.json"  # a file there, named so by diffusers
 DISCRIMINATOR = "discriminator.safetensors"  # a file there
+EVALUATION = "evaluation"  # a folder of one for each split
+EVALUATION_RESULTS = "metrics.json"  # a file there
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -127,12 +129,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
-    """(folder of a saved tokenizer, its run's config or None) for a run, a checkpoint or a saved tokenizer.
+    """(folder of a saved tokenizer, its run's config or None) for a run, a checkpoint, a saved tokenizer, or a name on
+    the Hugging Face hub, whose files are downloaded once.
 
     A run means its latest checkpoint; of a checkpoint the averaged weights are taken where it has them.
+    FileNotFoundError where there is none.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no run, checkpoint or saved tokenizer at {path}")
+        path = downloaded(path)
     checkpoint = path
     if checkpoints_folder(path).is_dir():
         found = checkpoints(path)
@@ -148,3 +152,18 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
     raise FileNotFoundError(
         f"{path} holds no tokenizer: give a run folder, a checkpoint or a folder of save_pretrained"
     )
+
+
+def downloaded(name: Path) -> Path:
+    """The folder in which the hub's files of that name are kept."""
+    missing = f"there is no run, checkpoint or saved tokenizer at {name}"
+    if name.is_absolute() or len(name.parts) != 2:  # names on the hub are USER/NAME
+        raise FileNotFoundError(missing)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[TOKENIZER_CONFIG, CONFIG, "*.safetensors"]))
+    except (OSError, HFValidationError) as error:  # its errors of the network and of the server are OSErrors
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(f"{missing}, nor can that name be had from the Hugging Face hub ({reason})") from None

@@ -27,7 +27,7 @@ from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_gr
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import find_tokenizer, write_json
+from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS, find_tokenizer, write_json
 
 
 class Evaluation(NamedTuple):
@@ -93,7 +93,8 @@ def pixel_hash(image: Tensor) -> int:
 
 
 def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
-    """`evaluate.py`: measure the tokenizer of a run, a checkpoint or a save_pretrained folder on `evaluation.split`.
+    """`evaluate.py`: measure the tokenizer of a run, a checkpoint, a save_pretrained folder or a name on the hub, on
+    `evaluation.split`.
 
     Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the
     run's config, or in the tokenizer's folder) and returns what metrics.json holds. Errors are those of load_config
@@ -108,7 +109,10 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
     if (number := count_images(source)) is not None:
         metrics.require(number)
-    output = output or (config_file.parent if config_file else folder) / "evaluation" / settings.split
+    home = config_file.parent if config_file else folder
+    if not path.is_dir():  # a name on the hub: not among its cached files
+        home = Path(path.name)
+    output = output or home / EVALUATION / settings.split
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     batches = evaluation_loader(
@@ -135,7 +139,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     }
     report["fingerprint"] = fingerprint(report["protocol"])
     if accelerator.is_main_process:
-        write_json(output / "metrics.json", report)
+        write_json(output / EVALUATION_RESULTS, report)
         if settings.grid_images:
             grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
             grid.save(output / "reconstructions.png")
