@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vqgan_accel.data.source import decode_image, listed, nearest_name
+from vqgan_accel.data.source import DEFAULT_LABEL, Labels, decode_image, listed, nearest_name
 
 VERSION = 2
 HEADER = np.dtype(
@@ -34,10 +34,10 @@ FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("bytes", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 JPG, RAW = 0, 1  # an image's mode: a JPEG file | height x width x 3 bytes
-IMAGE_TYPE = 2
+INT_TYPE, IMAGE_TYPE = 1, 2
 IN_A_ROW = {  # field type -> what stands in a sample's row
     0: np.dtype("<f8"),  # float
-    1: np.dtype("<i8"),  # int
+    INT_TYPE: np.dtype("<i8"),
     IMAGE_TYPE: IMAGE,
     3: np.dtype([("pointer", "<u8"), ("bytes", "<u8")]),  # bytes
     4: np.dtype("<u8"),  # array
@@ -47,14 +47,16 @@ IN_A_ROW = {  # field type -> what stands in a sample's row
 
 
 class BetonSource:
-    """The images of `root/split.beton`, in the file's order; its other fields, such as labels, are left alone.
+    """The images of `root/split.beton`, in the file's order, and the whole numbers in `label_field` (default: label) as
+    their classes; other fields are left alone.
 
     `key` is the config key that named the split, for error sentences. Raises FileNotFoundError for a missing file and
     ValueError for one that is no finished beton with one field of images.
     """
 
-    def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
-        self.arguments = (root, split, key)
+    def __init__(self, root: Path, split: str, key: str = "data.train_split", label_field: str | None = None) -> None:
+        self.arguments = (root, split, key, label_field)
+        self.label_field = label_field
         self.file = _beton_file(root, split, key)
         if (size := self.file.stat().st_size) < HEADER.itemsize:
             raise ValueError(f"{self.file} is no beton: it has {size} bytes")
@@ -84,21 +86,37 @@ class BetonSource:
             raise ValueError(f"{self.file} holds no images")
         if start + size > table:
             raise ValueError(f"{self.file} is damaged: its {header['num_samples']} samples do not fit in it")
-        self.rows = content[start : start + size].view(row)[f"field{images[0]}"]  # (N,) of IMAGE
+        self.fields = content[start : start + size].view(row)
+        self.types = [int(field["type"]) for field in fields]
+        self.rows = self.fields[f"field{images[0]}"]  # (N,) of IMAGE
         allocations = content[table:].view(ALLOCATION)
         order = np.argsort(allocations["pointer"], kind="stable")
         self.pointers, self.sizes = allocations["pointer"][order], allocations["bytes"][order]
         self.content = content
         self.image_field = self.field_names[images[0]]
 
-    def __reduce__(self) -> tuple[type[BetonSource], tuple[Path, str, str]]:
+    def __reduce__(self) -> tuple[type[BetonSource], tuple[Path, str, str, str | None]]:
         return BetonSource, self.arguments  # a worker that is not forked opens the file, instead of getting its content
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.file} sample {index}"
+        return f"{self.file} {self.file_name(index)}"
+
+    def file_name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def labels(self) -> Labels | None:
+        wanted = self.label_field or DEFAULT_LABEL
+        if wanted not in self.field_names and self.label_field is None:
+            return None
+        if wanted not in self.field_names or self.types[number := self.field_names.index(wanted)] != INT_TYPE:
+            raise ValueError(
+                f"{self.file} has no field '{wanted}' of whole numbers; its fields are {listed(self.field_names)}: set "
+                "another data.label_column"
+            )
+        return Labels(np.array(self.fields[f"field{number}"], np.int64), None)
 
     def fingerprint(self) -> str:
         return f"{len(self)} images, rows {hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"

@@ -6,9 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from vqgan_accel.data.source import decode_image, listed, nearest_name
+from vqgan_accel.data.source import Labels, decode_image, listed, nearest_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -33,7 +34,19 @@ class FolderSource:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.files[index])
+        return str(self.folder / self.file_name(index))
+
+    def file_name(self, index: int) -> str:
+        return self.files[index]
+
+    def labels(self) -> Labels | None:
+        """Classes are the folders below the split's, where no image lies outside of them."""
+        folders = [file.split("/")[0] if "/" in file else None for file in self.files]
+        names = sorted({folder for folder in folders if folder is not None})
+        if None in folders:
+            return None
+        numbers = {name: number for number, name in enumerate(names)}
+        return Labels(np.array([numbers[str(folder)] for folder in folders], np.int64), names)
 
     def fingerprint(self) -> str:
         names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()

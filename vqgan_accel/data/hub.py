@@ -17,11 +17,21 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import STORES, decode_image, is_stored_dataset, listed, nearest_name, stores
+from vqgan_accel.data.source import (
+    DEFAULT_LABEL,
+    STORES,
+    Labels,
+    decode_image,
+    is_stored_dataset,
+    listed,
+    nearest_name,
+    stores,
+)
 from vqgan_accel.distributed import process_index
 
 SAVED_SHARDS = 64  # in which what save_to_disk wrote is streamed
@@ -37,6 +47,8 @@ class HubSource:
 
     def __init__(self, config: DataConfig, split: str, key: str = "data.train_split") -> None:
         dataset = load_rows(config, split, key, streaming=False)
+        self.label_column = config.label_column
+        self.all_columns = dataset
         self.title = f"{config.path}[{split}]"
         self.column = config.image_column
         self.rows = image_rows(dataset, self.column, self.title)
@@ -47,7 +59,24 @@ class HubSource:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.title} row {index}"
+        return f"{self.title} {self.file_name(index)}"
+
+    def file_name(self, index: int) -> str:
+        return f"row {index}"
+
+    def labels(self) -> Labels | None:
+        column = self.label_column or DEFAULT_LABEL
+        feature = self.all_columns.features.get(column)
+        if feature is None and self.label_column is None:
+            return None
+        if not isinstance(feature, datasets.ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
+            columns = listed(self.all_columns.column_names)
+            raise ValueError(
+                f"column '{column}' of {self.title} holds no class numbers ({feature}); its columns are {columns}: set "
+                "another data.label_column"
+            )
+        numbers = np.asarray(self.all_columns.with_format("numpy", columns=[column])[:][column], np.int64)
+        return Labels(numbers, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
     def fingerprint(self) -> str:
         return f"{len(self.rows)} images"

@@ -7,7 +7,7 @@ Accelerate does not prepare these loaders: the order already knows about process
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -22,7 +22,7 @@ from vqgan_accel.config import DataConfig
 from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.source import ImageSource
-from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
+from vqgan_accel.data.transforms import to_rgb, training_view, views_of
 from vqgan_accel.interruption import shield_data_worker
 
 if TYPE_CHECKING:
@@ -103,8 +103,23 @@ def evaluation_loader(
         )
         return ImageLoader(rows, batch_sampler=share, **_loader_options(config, pin_memory))
     shard = range(process_index, len(source), num_processes)
-    views = _EvaluationViews(source, config)
+    views = _FixedViews(source, config, views_of)
     return ImageLoader(views, sampler=shard, batch_size=batch_size, **_loader_options(config, pin_memory))
+
+
+def views_loader(
+    source: ImageSource,
+    config: DataConfig,
+    batches: Sequence[Sequence[int]],
+    views: Callable[[Image.Image, int], list[Tensor]],
+    pin_memory: bool,
+) -> ImageLoader:
+    """For every list of indices a batch with all `views` of these images, those of one image in a row.
+
+    Errors and broken images as in evaluation_loader.
+    """
+    rows = _FixedViews(source, config, views)
+    return ImageLoader(rows, batch_sampler=batches, **_loader_options(config, pin_memory))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -181,16 +196,24 @@ class TrainingViews(_Views):
         return Item(index, augmented(image, self.config, self.seed, epoch, index), skipped=int(index != wanted))
 
 
-class _EvaluationViews(_Views):
-    def __getitem__(self, wanted: int) -> Item | Failure:
-        # a readable neighbour is not used, but shows that the data set is not wholly broken
+class _FixedViews(_Views):
+    def __init__(
+        self, source: ImageSource, config: DataConfig, views: Callable[[Image.Image, int], list[Tensor]]
+    ) -> None:
+        super().__init__(source, config)
+        self.views = views
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item | Failure]:
+        return [item for index in indices for item in self.items(index)]
+
+    def items(self, wanted: int) -> list[Item | Failure]:
         found = self.first_readable(wanted)
         if isinstance(found, Failure):
-            return found
+            return [found]
         index, image = found
         if index != wanted:
-            return Item(wanted, None, skipped=1)
-        return Item(index, evaluation_view(image, self.config.image_size), skipped=0)
+            return [Item(wanted, None, skipped=1)]
+        return [Item(index, view, skipped=0) for view in self.views(image, self.config.image_size)]
 
 
 class ImageLoader(DataLoader[Any]):

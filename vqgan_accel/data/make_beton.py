@@ -20,10 +20,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.beton import ALLOCATION, FIELD, HEADER, IMAGE_TYPE, JPG, RAW, VERSION, beton_origin, row_type
+from vqgan_accel.data.beton import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    IMAGE_TYPE,
+    INT_TYPE,
+    JPG,
+    RAW,
+    VERSION,
+    beton_origin,
+    row_type,
+)
 from vqgan_accel.data.loading import REMEDY, Failure, read_image
 from vqgan_accel.data.opening import open_indexed, split_of
-from vqgan_accel.data.source import ImageSource, SplitName
+from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
 from vqgan_accel.interruption import shield_data_worker
 from vqgan_accel.run_folder import naming, sync
 
@@ -72,13 +83,14 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
             "images": source.fingerprint(),
         }
         origin |= {"max_resolution": options.max_resolution, "write_mode": options.write_mode}
-        origin |= {"quality": options.quality, "on_error": config.on_error}
+        labels = source.labels()
+        origin |= {"quality": options.quality, "on_error": config.on_error, "labels": labels is not None}
         if file.exists():
             _require_same_origin(file, origin)
             print(f"{split_name}: {file} is there already, made of the same images with the same options", flush=True)
         else:
             written.append(file)
-            number, skipped = _write(file, source, config, options, json.dumps(origin), split_name)
+            number, skipped = _write(file, source, labels, config, options, json.dumps(origin), split_name)
             left_out = f", {skipped:,} broken ones left out" if skipped else ""
             size = file.stat().st_size
             print(f"{split_name}: {number:,} images in {file} ({size / 1e6:,.1f} MB){left_out}", flush=True)
@@ -101,18 +113,27 @@ def _require_same_origin(file: Path, origin: dict[str, object]) -> None:
 
 
 def _write(
-    file: Path, source: ImageSource, config: DataConfig, options: BetonOptions, origin: str, title: str
+    file: Path,
+    source: ImageSource,
+    labels: Labels | None,
+    config: DataConfig,
+    options: BetonOptions,
+    origin: str,
+    title: str,
 ) -> tuple[int, int]:
     """(images written, broken images left out)."""
     partial = file.with_name(f".{file.name}.partial")
-    rows, table = np.zeros(len(source), row_type([IMAGE_TYPE])), np.zeros(len(source), ALLOCATION)
+    fields = [(IMAGE_TYPE, b"image", origin.encode())] + ([(INT_TYPE, DEFAULT_LABEL.encode(), b"")] if labels else [])
+    rows = np.zeros(len(source), row_type([kind for kind, _, _ in fields]))
+    table = np.zeros(len(source), ALLOCATION)
     number = skipped = 0
     with naming(partial), partial.open("wb") as beton:
         page = page_size(options.max_resolution)
-        end = HEADER.itemsize + FIELD.itemsize + rows.nbytes
+        end = HEADER.itemsize + len(fields) * FIELD.itemsize + rows.nbytes
         beton.seek(end)
         encoded = _encoded(source, config, options)
-        for item in tqdm(encoded, total=len(source), desc=title, unit="image", dynamic_ncols=True):
+        bar = tqdm(encoded, total=len(source), desc=title, unit="image", dynamic_ncols=True)
+        for index, item in enumerate(bar):
             if isinstance(item, Failure):
                 if config.on_error == "raise":
                     raise ValueError(f"cannot read image {item.sentence}; {REMEDY}")
@@ -124,7 +145,9 @@ def _write(
                 end += -end % page
                 beton.seek(end)
             beton.write(item.data)
-            rows[number] = ((item.mode, item.width, item.height, end),)
+            rows["field0"][number] = (item.mode, item.width, item.height, end)
+            if labels:
+                rows["field1"][number] = labels.numbers[index]
             table[number] = (number, end, len(item.data))
             end += len(item.data)
             number += 1
@@ -132,8 +155,8 @@ def _write(
             raise ValueError(f"{title}: none of the {skipped} images can be read")
         beton.write(table[:number].tobytes())
         beton.seek(0)
-        beton.write(np.array([(VERSION, 1, page, number, end)], HEADER).tobytes())
-        beton.write(np.array([(IMAGE_TYPE, b"image", origin.encode())], FIELD).tobytes())
+        beton.write(np.array([(VERSION, len(fields), page, number, end)], HEADER).tobytes())
+        beton.write(np.array(fields, FIELD).tobytes())
         beton.write(rows[:number].tobytes())
         _flush(beton)
     os.replace(partial, file)

@@ -49,7 +49,7 @@ def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
 
             return HubSource(config, split, key)
         case "ffcv" | "beton":
-            return BetonSource(path, split, key)
+            return BetonSource(path, split, key, config.label_column)
 
 
 def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:

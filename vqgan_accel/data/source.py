@@ -6,13 +6,23 @@ import difflib
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 # Files of many images: ending -> the `datasets` builder that reads them.
 STORES = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+DEFAULT_LABEL = "label"  # the column or field of class numbers, where data.label_column does not say another
 SplitName = Literal["train", "validation", "test"]
+
+
+class Labels(NamedTuple):
+    """The class of each image."""
+
+    numbers: NDArray[np.int64]  # (N,)
+    names: list[str] | None  # of the classes, where the data set has some
 
 
 @runtime_checkable
@@ -21,6 +31,12 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """What an error sentence calls the image: a file's path, or 'DATASET[split] row i'."""
+
+    def file_name(self, index: int) -> str:
+        """What tells the image from others of its split: a relative path, or 'row i'."""
+
+    def labels(self) -> Labels | None:
+        """None where the data set has no classes. ValueError where data.label_column names something else."""
 
     def fingerprint(self) -> str:
         """Tells one set of images from another: their number and, where they have some, a hash of their names."""

@@ -10,12 +10,24 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import ten_crop
 
 from vqgan_accel.randomness import AUGMENTATION, generator
 
 # The evaluation protocol, for its fingerprint: numbers from other crops or filters do not compare.
 CROP = "central square of the short side, cropped before one resize"
 RESIZE_FILTER = "PIL bilinear, antialiased, uint8"
+
+VIEWS = {  # what may be taken of an image without drawing anything -> the names of the views
+    "center": ("center",),
+    "flip": ("center", "center_mirrored"),
+    "10crop": tuple(
+        place + mirrored
+        for mirrored in ("", "_mirrored")
+        for place in ("top_left", "top_right", "bottom_left", "bottom_right", "center")
+    ),
+}
+TEN_CROP_SCALE = 1.1
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -104,6 +116,15 @@ def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
     """
     square = _square(image, *_central_square(*image.size))
     return _to_tensor(square.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def views_of(image: Image.Image, image_size: int, kind: str = "center") -> list[Tensor]:
+    """An RGB image as the views of VIEWS[kind], each uint8 (3, S, S). 10crop: corners and centre of the central square,
+    which is resized to 1.1 S, and the same mirrored (LlamaGen: Sun et al. 2024, arXiv 2406.06525)."""
+    if kind == "10crop":
+        return list(ten_crop(evaluation_view(image, int(TEN_CROP_SCALE * image_size)), [image_size]))
+    center = evaluation_view(image, image_size)
+    return [center, center.flip(-1)] if kind == "flip" else [center]
 
 
 def training_crop(
