@@ -166,7 +166,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(t
     command = [sys.executable, "-c", script, str(run)]
     other = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match=f"another process is training in {run}"):
+    with pytest.raises(ValueError, match=f"another process is at work in {run}"):
         train(config, resume=True)
     other.kill()  # its lock goes with it
     other.communicate()

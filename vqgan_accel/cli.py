@@ -138,6 +138,20 @@ def build_parser() -> argparse.ArgumentParser:
     imports.add_argument("--config", type=Path, help="the YAML file that it was trained with (llamagen has none)")
     imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
 
+    tokens = add("tokenize", "The codes of a data set, as parquet; also under accelerate launch.", run_tokenize)
+    tokens.add_argument("path", type=Path, help=TOKENIZER_PATH)
+    tokens.add_argument("overrides", **{**overrides, "help": "such as data.workers=8 evaluation.batch_size=64"})  # type: ignore[arg-type]
+    tokens.add_argument("--data", metavar="PATH", help="what data.path may be (default: the run's own)")
+    tokens.add_argument("--split", choices=("train", "validation", "test"), default="train", help="default: train")
+    tokens.add_argument(
+        "--views",
+        choices=("center", "flip", "10crop"),
+        default="center",
+        help="of every image its centre, that and its mirror image, or five crops and theirs",
+    )
+    tokens.add_argument("--shard-images", type=int, help="images in a file (default: at most 10,000)")
+    tokens.add_argument("--output", type=Path, required=True, help="folder; what it holds of the same codes is kept")
+
     exports = add("export", "A tokenizer for other libraries and other people.", run_export)
     exports.add_argument(
         "format",
@@ -228,6 +242,21 @@ def run_import(options: argparse.Namespace) -> None:
         case "llamagen":
             lines = import_llamagen(options.checkpoint, options.output)
     print("\n".join(lines))
+
+
+def run_tokenize(options: argparse.Namespace) -> None:
+    from vqgan_accel.distributed import leaving_process_group
+    from vqgan_accel.interop.tokenize import tokenize
+
+    data = [f"data.path={options.data}", "data.backend=auto"] if options.data is not None else []
+    settings = [*data, f"evaluation.split={options.split}", *options.overrides]
+    with leaving_process_group():
+        manifest = tokenize(options.path, options.output, options.views, options.shard_images, settings)
+    if manifest["complete"] and os.environ.get("RANK", "0") == "0":
+        left_out = f", {manifest['skipped_images']} unreadable images left out" if manifest["skipped_images"] else ""
+        height, width = manifest["code_grid"]
+        codes = f"{manifest['rows']:,} x {height} x {width} codes in {manifest['shards']} shards"
+        print(f"{options.output}: {codes}{left_out}")
 
 
 def run_export(options: argparse.Namespace) -> None:

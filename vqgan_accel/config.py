@@ -78,9 +78,7 @@ class DataConfig(Section):
     subset: str | None = None  # hub: the configuration's name, for data sets that have several
     revision: str | None = None  # hub: branch, tag or commit of the data set
     image_column: str = "image"  # hub: the column that holds the image
-    label_column: str | None = (
-        None  # hub, beton: the column or field of class numbers, which `tokenize` and `make-beton`
-    )
+    label_column: str | None = None  # hub, beton: the column or field of class numbers, which tokenize and make-beton
     # keep; null: `label`, if there is one
     streaming: bool = False  # hub: read in order while training, without downloading first
     shuffle_buffer: int = Field(1000, ge=1)  # streaming: images, over all processes, that are read and shuffled at once

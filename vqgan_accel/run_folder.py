@@ -109,7 +109,7 @@ def sync(path: Path) -> None:
 
 
 def lock(run: Path) -> IO[str]:
-    """Keep other processes from training in the same folder until the file is closed or this process ends.
+    """Keep other processes from working in the same folder until the file is closed or this process ends.
 
     ValueError where another one does. (POSIX locks, which work over NFS and are not inherited by data workers.)
     """
@@ -118,7 +118,7 @@ def lock(run: Path) -> IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
-        raise ValueError(f"another process is training in {run}; wait for its end or give another output_dir") from None
+        raise ValueError(f"another process is at work in {run}; wait for its end, or give another folder") from None
     except OSError:  # a file system without locks
         pass
     return file

@@ -110,7 +110,7 @@ def evaluation_loader(
 def views_loader(
     source: ImageSource,
     config: DataConfig,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
     views: Callable[[Image.Image, int], list[Tensor]],
     pin_memory: bool,
 ) -> ImageLoader:

@@ -1,0 +1,229 @@
+"""`vqgan-accel tokenize`: the codes of a whole data set, for the second stage (see data/tokens.py for what is written).
+
+A shard is a function of its number: of which images it holds, in which batches they are encoded. So processes share the
+shards, and a run that was killed writes those that are missing: no image twice, none left out.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgan_accel.accelerator import start_accelerator
+from vqgan_accel.config import Config
+from vqgan_accel.data.loading import Batch, to_float, views_loader
+from vqgan_accel.data.opening import open_indexed, split_of
+from vqgan_accel.data.source import Labels
+from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, shard_files
+from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
+from vqgan_accel.distributed import decided_by_main
+from vqgan_accel.evaluation.evaluate import evaluation_config
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.models.weights import state_hash
+from vqgan_accel.run_folder import find_tokenizer, lock, naming, sync, write_json
+
+SHARD_IMAGES = 10_000  # at most, unless told otherwise
+
+
+def tokenize(
+    path: Path, output: Path, views: str = "center", shard_images: int | None = None, overrides: list[str] | None = None
+) -> dict[str, Any]:
+    """Write the codes of `evaluation.split` of `data.path`; the main process returns the finished manifest. Every
+    process calls it.
+
+    path: a run, a checkpoint, a saved tokenizer or a name on the hub, whose config the overrides change. views: a key
+    of VIEWS. shard_images: images in a file, by default 10,000, or fewer where not every process would have a file.
+    Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of the same
+    images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
+    """
+    folder, config_file = find_tokenizer(path)
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    config = evaluation_config(tokenizer, config_file, overrides or [])
+    accelerator = start_accelerator("no")
+    source = open_indexed(config.data, config.evaluation.split)
+    labels = source.labels()
+    made = manifest_of(tokenizer, config, source.fingerprint(), len(source), views)
+    largest = min(SHARD_IMAGES, -(-len(source) // accelerator.num_processes)) if shard_images is None else shard_images
+    with ExitStack() as held:
+
+        def begin() -> tuple[dict[str, Any], list[int]]:
+            manifest = begin_or_go_on(output, made, largest, told=shard_images is not None)
+            held.enter_context(lock(output))
+            files = shard_files(output, manifest)
+            return manifest, [number for number, file in enumerate(files) if not file.is_file()]
+
+        manifest, missing = decided_by_main(begin)
+        files = shard_files(output, manifest)
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        size, batch = manifest["shard_images"], batch_images(config, views)
+        batches = {number: shard_batches(number, size, len(source), batch) for number in mine}
+        loader = views_loader(
+            source,
+            config.data,
+            [wanted for shard in batches.values() for wanted in shard],
+            partial(views_of, kind=views),
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        tokenizer.to(accelerator.device)
+        total = sum(len(wanted) for shard in batches.values() for wanted in shard)
+        quiet = not accelerator.is_main_process
+        with tqdm(total=total, unit="image", disable=quiet, dynamic_ncols=True) as bar, closing(iter(loader)) as loaded:
+            for number, shard in batches.items():
+                codes, indices = [], []
+                for wanted in shard:
+                    loaded_batch = next(loaded)
+                    codes.append(codes_of(tokenizer, loaded_batch, accelerator.device))
+                    indices.append(loaded_batch["index"])
+                    bar.update(len(wanted))
+                places = torch.cat(indices).numpy()
+                names = [source.file_name(int(index)) for index in places]
+                write_shard(files[number], torch.cat(codes).numpy(), places, names, labels, manifest)
+        if accelerator.is_main_process:
+            # (No barrier: it would give up after some minutes, and a shard may take longer. Where another process
+            # fails, the launcher ends this one.)
+            while not all(file.is_file() for file in files):
+                time.sleep(1)
+            return finish(output, manifest)
+    return manifest
+
+
+def batch_images(config: Config, views: str) -> int:
+    """How many images with all their views make about evaluation.batch_size pictures."""
+    return max(1, config.evaluation.batch_size // len(VIEWS[views]))
+
+
+def shard_batches(number: int, size: int, num_images: int, batch: int) -> list[list[int]]:
+    """The images of a shard. No batch reaches over its end: how many are encoded together may decide a code's tie."""
+    images = range(number * size, min((number + 1) * size, num_images))
+    return [list(images[start : start + batch]) for start in range(0, len(images), batch)]
+
+
+def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> Tensor:
+    """(B, h*w) int64 on the CPU; B may be 0."""
+    images = to_float(batch["image"].to(device, non_blocking=True))
+    return tokenizer.encode(images).flatten(1).cpu()
+
+
+def manifest_of(
+    tokenizer: ImageTokenizer, config: Config, fingerprint: str, num_images: int, views: str
+) -> dict[str, Any]:
+    """All that decides the codes, and what they are."""
+    side = config.data.image_size // tokenizer.stride
+    return {
+        "tokenizer_sha256": state_hash(tokenizer),
+        "tokenizer": tokenizer.settings.model_dump(mode="json"),
+        "num_codes": tokenizer.quantizer.num_codes,
+        "code_grid": [side, side],
+        "split": split_name(config),
+        "images": fingerprint,
+        "num_images": num_images,
+        "image_size": config.data.image_size,
+        "crop": CROP,
+        "resize_filter": RESIZE_FILTER,
+        "views": list(VIEWS[views]),
+        "ten_crop_scale": TEN_CROP_SCALE if views == "10crop" else None,
+    }
+
+
+def split_name(config: Config) -> str:
+    """What `datasets` may call a split: letters and digits of the data set's own name of it."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in split_of(config.data, config.evaluation.split))
+    return name.strip("_") or config.evaluation.split
+
+
+def begin_or_go_on(output: Path, made: dict[str, Any], shard_images: int, told: bool) -> dict[str, Any]:
+    """The manifest in `output`, written if there is none. ValueError where the codes there are others."""
+    if not (output / MANIFEST).is_file():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is there already and holds no tokens; give another output folder")
+        if shard_images < 1:
+            raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
+        (output / "data").mkdir(parents=True, exist_ok=True)
+        shards = -(-made["num_images"] // shard_images)
+        manifest = made | {"shard_images": shard_images, "shards": shards, "complete": False}
+        write_json(output / MANIFEST, manifest)
+        return manifest
+    found = read_manifest(output)
+    wanted = made | ({"shard_images": shard_images} if told else {})
+    differing = [key for key, value in wanted.items() if found.get(key) != value]
+    if differing:
+        reasons = ", ".join(f"{key} {_short(found.get(key))}, now {_short(wanted[key])}" for key in differing)
+        raise ValueError(f"{output} holds other tokens ({reasons}); give another output folder")
+    return found
+
+
+def _short(value: object) -> str:
+    return text if len(text := str(value)) <= 40 else text[:37] + "..."
+
+
+def write_shard(
+    file: Path,
+    codes: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    names: list[str],
+    labels: Labels | None,
+    manifest: dict[str, Any],
+) -> None:
+    """codes (R, h*w), indices and names (R,): all views of a shard's images. The file is there when it is complete."""
+    views = manifest["views"]
+    assert len(codes) % len(views) == 0
+    features = features_of(manifest, labels)
+    schema = features.arrow_schema
+    numbers = pa.array(codes.ravel(), schema.field("codes").type.value_type)
+    columns = {
+        "codes": pa.FixedSizeListArray.from_arrays(numbers, codes.shape[1]),
+        "label": labels.numbers[indices] if labels else [],
+        "file_name": names,
+        "index": indices,
+        "view": views * (len(codes) // len(views)),
+    }
+    table = pa.table([columns[name] for name in features], schema)
+    unfinished = file.with_name(f".{file.name}.partial")
+    with naming(file):
+        parquet.write_table(table, unfinished, compression="zstd")
+        sync(unfinished)
+        os.replace(unfinished, file)
+        sync(file.parent)
+
+
+def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Features:
+    kind = "uint16" if manifest["num_codes"] <= LARGEST_UINT16 else "int32"
+    height, width = manifest["code_grid"]
+    classes = (
+        {}
+        if labels is None
+        else {"label": datasets.Value("int64") if labels.names is None else datasets.ClassLabel(names=labels.names)}
+    )
+    return datasets.Features(
+        {
+            "codes": datasets.List(datasets.Value(kind), length=height * width),
+            **classes,
+            "file_name": datasets.Value("string"),
+            "index": datasets.Value("int64"),
+            "view": datasets.Value("string"),
+        }
+    )
+
+
+def finish(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Count what is there and say that it is complete."""
+    rows = sum(parquet.read_metadata(file).num_rows for file in shard_files(output, manifest))
+    if not rows:
+        raise ValueError("not one image of the split could be read: there are no codes")
+    skipped = manifest["num_images"] - rows // len(manifest["views"])
+    manifest = manifest | {"complete": True, "rows": rows, "skipped_images": skipped}
+    write_json(output / MANIFEST, manifest)
+    return manifest
