@@ -138,6 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
     imports.add_argument("--config", type=Path, help="the YAML file that it was trained with (llamagen has none)")
     imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
 
+    codes = add("codebook", "Where a tokenizer's codes lie, and which of them a split uses: pictures.", run_codebook)
+    codes.add_argument("path", type=Path, help=TOKENIZER_PATH)
+    codes.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    codes.add_argument("--data", metavar="PATH", help="what data.path may be (default: the run's own)")
+    codes.add_argument("--output", type=Path, required=True, help="folder for the pictures and a table")
+
     tokens = add("tokenize", "The codes of a data set, as parquet; also under accelerate launch.", run_tokenize)
     tokens.add_argument("path", type=Path, help=TOKENIZER_PATH)
     tokens.add_argument("overrides", **{**overrides, "help": "such as data.workers=8 evaluation.batch_size=64"})  # type: ignore[arg-type]
@@ -244,12 +250,22 @@ def run_import(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def data_overrides(path: str | None) -> list[str]:
+    """--data=PATH, whatever it is."""
+    return [] if path is None else [f"data.path={path}", "data.backend=auto"]
+
+
+def run_codebook(options: argparse.Namespace) -> None:
+    from vqgan_accel.evaluation.codebook import codebook
+
+    print("\n".join(codebook(options.path, options.output, [*data_overrides(options.data), *options.overrides])))
+
+
 def run_tokenize(options: argparse.Namespace) -> None:
     from vqgan_accel.distributed import leaving_process_group
     from vqgan_accel.interop.tokenize import tokenize
 
-    data = [f"data.path={options.data}", "data.backend=auto"] if options.data is not None else []
-    settings = [*data, f"evaluation.split={options.split}", *options.overrides]
+    settings = [*data_overrides(options.data), f"evaluation.split={options.split}", *options.overrides]
     with leaving_process_group():
         manifest = tokenize(options.path, options.output, options.views, options.shard_images, settings)
     if manifest["complete"] and os.environ.get("RANK", "0") == "0":

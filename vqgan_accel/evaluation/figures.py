@@ -1,9 +1,10 @@
-"""Pictures: originals over their reconstructions, and how evenly the codes are used."""
+"""Pictures: originals over their reconstructions, how evenly the codes are used, and where they lie."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -39,5 +40,36 @@ def codebook_histogram(counts: Tensor, perplexity: float, usage: float) -> Figur
     axes.axhline(1 / len(share), color="black", linewidth=0.8, linestyle=":", label=f"even share, 1/{len(share)}")
     axes.set(xlabel="codes, most used first", ylabel="share of tokens", xlim=(0, len(share) - 1), ylim=(0, None))
     axes.set_title(f"{usage:.1f} % of codes used, perplexity {perplexity:.1f}", fontsize=10)
+    axes.legend(frameon=False)
+    return figure
+
+
+def neighbour_histogram(distances: Tensor, counts: Tensor) -> Figure:
+    """Each code's distance to the nearest other one (K,), of used and unused codes apart; counts (K,)"""
+    values, used = distances.cpu().numpy(), counts.cpu().numpy() > 0
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(0, float(values.max()) or 1.0, 50).tolist()
+    labels = [f"{used.sum()} used", f"{(~used).sum()} unused"]
+    axes.hist([values[used], values[~used]], bins, stacked=True, label=labels)
+    axes.set(xlabel="distance to the nearest other code", ylabel="codes", xlim=(0, bins[-1]))
+    axes.legend(frameon=False)
+    return figure
+
+
+def codebook_map(points: Tensor, explained: float, counts: Tensor) -> Figure:
+    """points (K, 2): the codes on their first two principal components, which carry `explained` of their variance;
+    counts (K,) colour them."""
+    places, uses = points.cpu().numpy(), counts.cpu().numpy()
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    used = uses > 0
+    (x, y), (other_x, other_y) = places[used].T, places[~used].T
+    axes.scatter(other_x, other_y, s=12, marker="x", color="0.7", linewidth=0.8, label=f"{(~used).sum()} unused")
+    if used.any():
+        shown = axes.scatter(x, y, s=14, c=uses[used], norm=LogNorm(), label=f"{used.sum()} used")
+        figure.colorbar(shown, label="tokens")
+    axes.set(xlabel="first principal component", ylabel="second")
+    axes.set_title(f"{100 * explained:.0f} % of the codes' variance", fontsize=10)
     axes.legend(frameon=False)
     return figure

@@ -1,0 +1,92 @@
+"""Where a tokenizer's codes lie and which of them a split of images uses: three pictures and a table."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqgan_accel.accelerator import start_accelerator
+from vqgan_accel.data.loading import evaluation_loader, to_float
+from vqgan_accel.data.opening import open_source
+from vqgan_accel.evaluation.evaluate import evaluation_config
+from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
+from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.models.quantizers import Quantizer, count_codes
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
+
+TABLE = "codebook.csv"
+
+
+@torch.no_grad()
+def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
+    """Write output/usage.png (each code's share of the tokens), neighbours.png (how far codes lie from one another),
+    pca.png (where they lie, and how often each is used) and codebook.csv (code, uses, nearest other code, its
+    distance). Returns lines that say what they show.
+
+    path: a run, a checkpoint, a saved tokenizer or a name on the hub; uses are counted on `evaluation.split` of
+    `data.path`. Errors are those of evaluate.
+    """
+    folder, config_file = find_tokenizer(path)
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    config = evaluation_config(tokenizer, config_file, overrides)
+    source = open_source(config.data, config.evaluation.split)
+    device = start_accelerator("no").device
+    tokenizer.to(device)
+    counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
+    for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):
+        codes = tokenizer.encode(to_float(batch["image"].to(device)))
+        counts += count_codes(codes, len(counts))
+
+    vectors = code_vectors(tokenizer.quantizer, device)
+    distances, nearest = nearest_others(vectors)
+    points, explained = principal_components(vectors)
+    entropy, usage = perplexity(counts), codebook_usage(counts)
+    with written_as_a_whole(output) as partial:
+        codebook_histogram(counts, entropy, usage).savefig(partial / "usage.png", dpi=120)
+        neighbour_histogram(distances, counts).savefig(partial / "neighbours.png", dpi=120)
+        codebook_map(points, explained, counts).savefig(partial / "pca.png", dpi=120)
+        with (partial / TABLE).open("w", newline="", encoding="utf-8") as table:
+            writer = csv.writer(table)
+            writer.writerow(["code", "uses", "nearest_code", "distance"])
+            columns = (counts.tolist(), nearest.tolist(), distances.tolist())
+            writer.writerows((code, *row) for code, row in enumerate(zip(*columns, strict=True)))
+    return [
+        f"{usage:.1f} % of {len(counts)} codes used, perplexity {entropy:.1f}, of {int(counts.sum()):,} tokens",
+        f"distance to the nearest other code: median {distances.median():.4g}, smallest {distances.min():.4g}",
+        f"two principal components carry {100 * explained:.0f} % of the codes' variance",
+        f"written to {output}",
+    ]
+
+
+def code_vectors(quantizer: Quantizer, device: torch.device) -> Tensor:
+    """(K, D), as they are decoded"""
+    codes = torch.arange(quantizer.num_codes, device=device)
+    return quantizer.codes_to_latents(codes.view(1, 1, -1))[0, :, 0].T
+
+
+def nearest_others(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """vectors (K, D) -> each one's Euclidean distance to the nearest other one (K,), and which that is (K,)"""
+    distances, nearest = [], []
+    for start in range(0, len(vectors), 1024):
+        block = torch.cdist(vectors[start : start + 1024], vectors, compute_mode="donot_use_mm_for_euclid_dist")
+        rows = torch.arange(len(block), device=block.device)
+        block[rows, start + rows] = torch.inf
+        closest = block.min(1)
+        distances.append(closest.values)
+        nearest.append(closest.indices)
+    return torch.cat(distances), torch.cat(nearest)
+
+
+def principal_components(vectors: Tensor) -> tuple[Tensor, float]:
+    """vectors (K, D) -> (K, 2) on the first two principal components, and the share of the variance that these have"""
+    vectors = vectors.double()
+    centred = vectors - vectors.mean(0)
+    _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
+    points = torch.zeros(len(vectors), 2, dtype=torch.float64, device=vectors.device)
+    points[:, : len(directions[:2])] = centred @ directions[:2].T
+    total = scales.square().sum()
+    return points, float(scales[:2].square().sum() / total) if total else 0.0
