@@ -563,6 +563,13 @@ def test_a_recipe_has_the_parameters_of_the_published_run(name):
     assert f"{TRAINABLE[name]:,} trainable parameters" in path.read_text()
 
 
+def test_the_taming_recipe_has_the_tokenizer_of_llamagens_vq16():
+    path = RECIPES / "taming_vq16.yaml"
+    parameters = describe(load_config(path, ["losses.perceptual_weight=0"]))["parameters"]
+    assert round(parameters["tokenizer"] / 1e6) == 72  # millions, as its paper has it (table 1)
+    assert f"{parameters['total_trainable']:,} trainable parameters" in path.read_text()
+
+
 def test_a_vqgan_recipe_costs_the_published_flop():
     description = describe(load_config(RECIPES / "imagenet" / "standard_vqgan_cb1024_adaptive.yaml"))
     expected = {"encoder": 76.0, "decoder": 15.2, "perceptual": 80.2, "discriminator": 93.7}

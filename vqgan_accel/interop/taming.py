@@ -60,7 +60,8 @@ def import_llamagen(checkpoint: Path, output: Path) -> list[str]:
             "embedding_dim": embedding_dim,
             "l2_normalize": True,
         },
-        "training": {"max_epochs": 1.0},
+        "losses": {"l1_weight": 0.0, "l2_weight": 1.0, "perceptual_weight": 1.0},  # as its trainer has it
+        "training": {"max_epochs": 40.0, "total_batch_size": 128, "lr_scaling": "none", "betas": [0.9, 0.95]},
     }
     steps = f"from step {found.get('steps', 'unknown')}"
     return write_vqgan(weights, values, checkpoint, checkpoint, output, steps)

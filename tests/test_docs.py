@@ -1,0 +1,35 @@
+"""The scripts under docs/ run as they stand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_from_another_trainers_checkpoint_to_the_data_set_of_a_second_stage(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "docs" / "second_stage.py"), str(tmp_path / "out")]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "standard quantizer, 32 codes, revision head",
+        "256 x 256 px: PSNR ",
+        "32 grids of [8, 8] codes below 32",
+        "features: ['codes', 'label', 'file_name', 'index', 'view']",
+        "a code takes 5.00 bits, and ",
+        "decoded.png: astronaut from their codes",
+    ):
+        assert said in done.stdout, done.stdout
+    with Image.open(tmp_path / "out" / "decoded.png") as picture:
+        assert picture.height == 2 * 32 + 2
+    assert len(list((tmp_path / "out" / "reconstructions").rglob("*.png"))) == 16
