@@ -14,12 +14,14 @@ import yaml
 from diffusers import VQModel
 from helpers import GOLDEN, load_golden
 from published import LLAMAGEN, TAMING, VQGAN
+from tiny import write_splits
 from torch import Tensor
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig, TamingConfig, load_config
 from vqgan_accel.interop.taming import import_llamagen, import_taming
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.run_folder import find_tokenizer
 
 CHECKPOINT, YAML = GOLDEN / "taming_vqmodel.ckpt", GOLDEN / "taming_vqmodel.yaml"
 
@@ -67,6 +69,28 @@ def test_the_yaml_becomes_a_config_that_builds_the_same_tokenizer(tmp_path: Path
     assert (config.losses.l1_weight, config.losses.l2_weight, config.losses.perceptual_weight) == (1.0, 0.0, 1.0)
     # 4.5e-6 an image, as its trainer multiplies it by all images of a step
     assert (config.training.base_lr, config.training.base_batch_size) == (4.5e-6, 1)
+
+
+def test_the_imported_folder_is_a_recipe_that_goes_on_from_its_weights(tmp_path: Path) -> None:
+    import_taming(CHECKPOINT, YAML, tmp_path / "imported")
+    images = write_splits(tmp_path / "images", size=32)
+    run = tmp_path / "run"
+    settings = [
+        f"output_dir={run}",
+        f"data.path={images}",
+        "data.workers=0",
+        f"training.init_from={tmp_path / 'imported'}",
+        "training.total_batch_size=4",
+        "training.max_steps=1",
+        "training.lr_warmup=1 step",  # so that the first step has a rate of zero, but for rounding
+        "losses.perceptual_weight=0",
+    ]
+    assert main(["train", str(tmp_path / "imported" / "config.yaml"), *settings]) == 0
+    folders = (find_tokenizer(folder)[0] for folder in (tmp_path / "imported", run))
+    before, after = (ImageTokenizer.from_pretrained(folder).state_dict() for folder in folders)
+    for name, tensor in before.items():
+        assert (after[name] - tensor).abs().max() <= 1e-4, name
+    assert main(["export", "diffusers", str(run), "--output", str(tmp_path / "exported")]) == 0
 
 
 @pytest.mark.parametrize("attention", [(), (1,), (0, 2)], ids=str)
