@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -188,6 +189,12 @@ def test_what_does_not_fit_is_named_and_nothing_is_left_behind(
     assert "it has no 'model.params.n_embed'" in sentence(
         "taming", CHECKPOINT, "--config", tmp_path / "x" / "short.yaml"
     )
+    for settings, number in (({"act_fn": "relu"}, "act_fn relu"), ({"norm_num_groups": 16}, "16 groups")):
+        shutil.rmtree(tmp_path / "x" / "model", ignore_errors=True)
+        VQModel(block_out_channels=(32,), **settings).save_pretrained(tmp_path / "x" / "model")
+        assert number in sentence("diffusers", tmp_path / "x" / "model")
+    (tmp_path / "x" / "model" / "config.json").unlink()
+    assert "model cannot be read as diffusers' VQModel" in sentence("diffusers", tmp_path / "x" / "model")
     assert "give --config=YAML" in sentence("taming", CHECKPOINT)
     assert "give --config=YAML" in sentence("llamagen", CHECKPOINT, "--config", YAML)
 
@@ -209,6 +216,12 @@ def test_diffusers_vqmodel_gives_our_reconstructions(unit: bool, tmp_path: Path)
     # VQModel rounds unit codes once more: its straight-through estimator adds and subtracts latents of any length
     assert (ours - made).abs().max() <= (1e-5 if unit else 1e-6)
     assert model.config.sample_size == tokenizer.settings.image_size
+    assert main(["import", "diffusers", str(tmp_path / "exported"), "--output", str(tmp_path / "back")]) == 0
+    back = ImageTokenizer.from_pretrained(tmp_path / "back" / "tokenizer")
+    assert torch.equal(back.encode(pixels()), tokenizer.encode(pixels()))
+    with torch.no_grad():
+        assert torch.equal(back(pixels()).reconstruction, made)
+    assert back.settings.autoencoder_config == tokenizer.settings.autoencoder_config
 
 
 @pytest.mark.parametrize("case", ["standard_old", "gumbel"])

@@ -130,12 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     imports = add("import", "Another program's checkpoint, as a folder that evaluate reads like ours.", run_import)
     imports.add_argument(
         "format",
-        choices=("lightning", "taming", "llamagen"),
+        choices=("lightning", "taming", "llamagen", "diffusers"),
         help="lightning: SerezD's vqvae-vqgan-pytorch-lightning; taming: VQModel or GumbelVQ of taming-transformers; "
-        "llamagen: LlamaGen's VQ tokenizers",
+        "llamagen: LlamaGen's VQ tokenizers; diffusers: its VQModel",
     )
-    imports.add_argument("checkpoint", type=Path, help="file")
-    imports.add_argument("--config", type=Path, help="the YAML file that it was trained with (llamagen has none)")
+    imports.add_argument("checkpoint", type=Path, help="file; diffusers: folder, or USER/NAME on the hub")
+    imports.add_argument("--config", type=Path, help="lightning, taming: the YAML file that it was trained with")
     imports.add_argument("--output", type=Path, required=True, help="folder for tokenizer/, config.yaml and the rest")
 
     codes = add("codebook", "Where a tokenizer's codes lie, and which of them a split uses: pictures.", run_codebook)
@@ -236,10 +236,10 @@ def run_reconstruct(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     from vqgan_accel.interop.lightning import import_lightning
-    from vqgan_accel.interop.taming import import_llamagen, import_taming
+    from vqgan_accel.interop.taming import import_diffusers, import_llamagen, import_taming
 
-    if (options.config is None) != (options.format == "llamagen"):
-        raise ValueError("give --config=YAML for lightning and taming, and none for llamagen, which has no such file")
+    if (options.config is not None) != (options.format in ("lightning", "taming")):
+        raise ValueError("give --config=YAML for lightning and taming, and none for the others: they have no such file")
     match options.format:
         case "lightning":
             lines = import_lightning(options.checkpoint, options.config, options.output)
@@ -247,6 +247,8 @@ def run_import(options: argparse.Namespace) -> None:
             lines = import_taming(options.checkpoint, options.config, options.output)
         case "llamagen":
             lines = import_llamagen(options.checkpoint, options.output)
+        case "diffusers":
+            lines = import_diffusers(str(options.checkpoint), options.output)
     print("\n".join(lines))
 
 

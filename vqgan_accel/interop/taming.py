@@ -1,5 +1,6 @@
-"""Checkpoints of taming-transformers (Esser et al. 2021: VQModel and GumbelVQ) and of LlamaGen's VQ tokenizer (Sun et
-al. 2024, arXiv 2406.06525), whose networks are taming's under other names, into our `taming` architecture.
+"""Checkpoints of taming-transformers (Esser et al. 2021: VQModel and GumbelVQ), of LlamaGen's VQ tokenizer (Sun et al.
+2024, arXiv 2406.06525) and of diffusers' VQModel, whose networks are taming's under other names, into our `taming`
+architecture.
 
 Their discriminators, PatchGANs, are left behind. Two things of taming's quantizers are not kept, for they change
 training alone: the commitment cost on the wrong term, and Gumbel noise in evaluation.
@@ -11,9 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.autoencoders.vq_model import VQModel
+from safetensors import SafetensorError
 from torch import Tensor
 
-from vqgan_accel.config import parse_config
+from vqgan_accel.config import GROUP_NORM_GROUPS, parse_config
 from vqgan_accel.describe import build_tokenizer
 from vqgan_accel.interop.diffusers import CODEBOOK, from_vq_model
 from vqgan_accel.interop.importing import Settings, read_state_dict, write_import
@@ -67,8 +70,36 @@ def import_llamagen(checkpoint: Path, output: Path) -> list[str]:
     return write_vqgan(weights, values, checkpoint, checkpoint, output, steps)
 
 
+def import_diffusers(folder: str, output: Path) -> list[str]:
+    """diffusers' VQModel, from a folder or a name on the hub. Errors as in import_lightning."""
+    try:
+        loaded: Any = VQModel.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} cannot be read as diffusers' VQModel: {reason}") from None
+    model, found = loaded
+    config = model.config
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:  # which diffusers fills at random
+        raise ValueError(f"{folder} has weights that do not fit its config: {wrong[:3]}")
+    if (config.act_fn, config.norm_type, config.norm_num_groups) != ("silu", "group", GROUP_NORM_GROUPS):
+        raise ValueError(
+            f"{folder} has act_fn {config.act_fn}, norm_type {config.norm_type} and {config.norm_num_groups} groups; "
+            f"only silu, group and {GROUP_NORM_GROUPS} can be imported"
+        )
+    weights = model.state_dict()
+    num_codes, embedding_dim = weights[CODEBOOK].shape
+    values = {
+        "data": {"image_size": config.sample_size},
+        "quantizer": {"type": "standard", "num_codes": num_codes, "embedding_dim": embedding_dim},
+        "training": {"max_epochs": 1.0},
+    }
+    return write_vqgan(weights, values, folder, folder, output, "from diffusers")
+
+
 def write_vqgan(
-    weights: dict[str, Tensor], values: dict[str, Any], source: Path, checkpoint: Path, output: Path, steps: str
+    weights: dict[str, Tensor], values: dict[str, Any], source: object, checkpoint: object, output: Path, steps: str
 ) -> list[str]:
     """`values`: a config of ours, but for the networks' layout, which follows from the weights."""
     named = in_diffusers_names(weights)
@@ -110,7 +141,7 @@ def quantizer_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def layout_of(named: dict[str, Tensor], checkpoint: Path) -> dict[str, Any]:
+def layout_of(named: dict[str, Tensor], checkpoint: object) -> dict[str, Any]:
     """Our `autoencoder` section, from weights under VQModel's names."""
     blocks = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv2\.weight", name) for name in named]
     places = {(int(match[1]), int(match[2])): named[match[0]].shape[0] for match in blocks if match}
