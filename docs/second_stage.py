@@ -36,6 +36,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="with a folder train/, and in it one folder for each class")
     arguments = parser.parse_args()
     output = arguments.output
+    if output.exists():
+        sys.exit(f"{output} is there already; give another folder")
+    if arguments.images and not any(path.is_dir() for path in (arguments.images / "train").glob("*")):
+        sys.exit(f"{arguments.images / 'train'} has no folders, of which each would be a class")
     output.mkdir(parents=True)
     images = arguments.images or photographs(output / "images")
 

@@ -19,6 +19,7 @@ from vqgan_accel.config import EMAQuantizerConfig, GumbelQuantizerConfig, Quanti
 from vqgan_accel.data.transforms import evaluation_view
 from vqgan_accel.evaluation.codebook import nearest_others, principal_components
 from vqgan_accel.evaluation.figures import codebook_map, neighbour_histogram
+from vqgan_accel.models.quantizers import StandardQuantizer
 
 SIZE = {"num_codes": 64, "embedding_dim": 8}
 
@@ -103,4 +104,18 @@ def test_the_table_counts_the_codes_of_the_split(
     for name in ("usage", "neighbours", "pca"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.width > 400
+    capsys.readouterr()
     assert main([*command, f"--data={tmp_path / 'nowhere'}"]) == 2
+    assert f"{tmp_path / 'out'} is there already" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_has_diverged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer(StandardQuantizerConfig(type="standard", **SIZE))
+    assert isinstance(tokenizer.quantizer, StandardQuantizer)
+    tokenizer.quantizer.codebook.data[3, 1] = torch.nan
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_images(tmp_path / "images" / "validation", 2)
+    for command in ("codebook", "tokenize"):
+        arguments = [str(tmp_path / "tokenizer"), f"--data={tmp_path / 'images'}", f"--output={tmp_path / 'out'}"]
+        assert main([command, *arguments, "data.train_split=validation"]) == 2
+        assert "nan or infinite (quantizer.codebook)" in capsys.readouterr().err and not (tmp_path / "out").exists()

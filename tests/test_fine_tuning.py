@@ -112,6 +112,24 @@ def test_while_the_discriminator_warms_up_it_learns_and_the_tokenizer_learns_as_
     assert steps[3]["grad_norm_tokenizer"] != [line for line in alone if "l1" in line][3]["grad_norm_tokenizer"]
 
 
+@pytest.mark.parametrize("theirs", ["standard", "gumbel"])
+@pytest.mark.parametrize("ours", ["ema", "gumbel"])
+def test_another_quantizer_is_named(ours: str, theirs: str, tmp_path: Path) -> None:
+    source = train(tiny_config(tmp_path / "first", quantizer={"type": theirs}))
+    config = tiny_config(tmp_path / "second", quantizer={"type": ours}, training={"init_from": str(source)})
+    if ours == theirs:
+        train(config)
+        return
+    with pytest.raises(ValueError, match=rf"has another quantizer\.type \({theirs}\)"):
+        train(config)
+
+
+def test_a_layout_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    source = train(tiny_config(tmp_path / "first", autoencoder=TAMING | {"attention_levels": [2, 0]}))
+    layout = TAMING | {"attention_levels": [0, -1]}
+    train(tiny_config(tmp_path / "second", autoencoder=layout, training={"init_from": str(source)}))
+
+
 def test_what_cannot_be_begun_with_is_named(tmp_path: Path) -> None:
     run = train(tiny_config(tmp_path / "first"))
     for training, sentence in (

@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, ModelCard
 from tiny import DISCRIMINATOR, tiny_config
 
 from vqgan_accel.cli import main
-from vqgan_accel.config import load_config
+from vqgan_accel.config import load_config, parse_config
 from vqgan_accel.evaluation.evaluate import evaluate
-from vqgan_accel.interop.hub import export_hub
+from vqgan_accel.interop.hub import export_hub, public
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import find_tokenizer
 from vqgan_accel.training.loop import train
@@ -82,7 +82,34 @@ def test_a_tokenizer_that_was_never_measured_says_so(tmp_path: Path) -> None:
     tokenizer = folder / "checkpoints" / "latest" / "tokenizer"
     shutil.copytree(tokenizer, tmp_path / "alone")  # away from its run
     assert export_hub(tmp_path / "alone", tmp_path / "out")[1:] == ["not measured: see evaluate.py"]
-    assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not measured." in card and 'from_pretrained("USER/out")' in card
+    export_hub(tmp_path / "alone", tmp_path / "named", repo="me/birds")
+    assert 'from_pretrained("me/birds")' in (tmp_path / "named" / "README.md").read_text()
+
+
+def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
+    paths = {"data.path": "/secret/imgs", "output_dir": "../me/run", "training.init_from": "~/me/older"}
+    config = parse_config({"training": {"max_steps": 1}}, [f"{key}={value}" for key, value in paths.items()])
+    shown = public(config)
+    assert (shown.data.path, shown.output_dir, shown.training.init_from) == ("imgs", "run", "older")
+    plain = parse_config({"training": {"max_steps": 1}}, ["data.path=./some/imgs", "training.init_from=me/name"])
+    assert (public(plain).data.path, public(plain).training.init_from) == ("./some/imgs", "me/name")
+
+
+def test_a_config_of_another_tokenizer_is_not_taken_for_the_recipe(run: Path, tmp_path: Path) -> None:
+    other = tiny_config(tmp_path / "other", quantizer={"type": "gumbel"})
+    shutil.copytree(find_tokenizer(train(other))[0], run / "copied")
+    with pytest.raises(ValueError, match=r"config\.yaml is not the config of the tokenizer that lies there, .*gumbel"):
+        export_hub(run / "copied", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["[", "[]", '{"results": {}}'])
+def test_a_report_that_is_none_is_named(content: str, run: Path, tmp_path: Path) -> None:
+    (run / "evaluation" / "test" / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"test/metrics\.json is not what evaluate\.py writes"):
+        export_hub(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_command_takes_a_name_on_the_hub(
@@ -101,8 +128,8 @@ def test_every_command_takes_a_name_on_the_hub(
     capsys.readouterr()
     assert main(["evaluate", "someone/birds-f4", f"data.path={tmp_path / 'images'}"]) == 0
     ours, theirs = (
-        json.loads((place / "evaluation" / "validation" / "metrics.json").read_text())
-        for place in (tmp_path / "birds-f4", run)
+        json.loads((place / "validation" / "metrics.json").read_text())
+        for place in (tmp_path / "evaluation" / "someone" / "birds-f4", run / "evaluation")
     )
     assert ours["results"] == theirs["results"] and ours["fingerprint"] == theirs["fingerprint"]
 
@@ -120,11 +147,19 @@ def test_every_command_takes_a_name_on_the_hub(
         ("nowhere", "there is no run, checkpoint or saved tokenizer at nowhere"),
         ("runs/a/b", "there is no run, checkpoint or saved tokenizer at runs/a/b"),
         ("/runs/a", "there is no run, checkpoint or saved tokenizer at /runs/a"),
+        ("here/a", "there is no run, checkpoint or saved tokenizer at here/a\n"),  # below a folder: no name on the hub
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_sentence(
-    name: str, reason: str, put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    reason: str,
+    put: Put,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(["evaluate", name]) == 2
     said = capsys.readouterr().err
     assert reason in said and said.count("\n") == 1

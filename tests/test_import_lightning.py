@@ -157,6 +157,28 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused_and_nothing_of_it_is_e
     assert executed.exists()  # the file is as malicious as it looks
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        (
+            "autoencoder.channel_multipliers",
+            None,
+            "'autoencoder.channel_multipliers' is None, which",
+        ),
+        ("autoencoder.channel_multipliers", 3, "'autoencoder.channel_multipliers' is 3"),
+        ("training.betas", ["a", 1], r"'training.betas' is \['a', 1\], which is no numbers"),
+        ("training.betas", 5, "'training.betas' is 5"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(key: str, value: object, reason: str, tmp_path: Path) -> None:
+    values = yaml.safe_load(files("ema_old")[1].read_text())
+    section, name = key.split(".")
+    values[section][name] = value
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=rf"wrong\.yaml: {reason}"):
+        import_lightning(files("ema_old")[0], tmp_path / "wrong.yaml", tmp_path / "out")
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
     checkpoint, config = files("standard_old")
     output = tmp_path / "out"
@@ -175,7 +197,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left_behind(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"'quantizer\.num_embeddings' is 'many'"):
         import_lightning(checkpoint, other, output)
     torch.save({"state_dict": {"layer.weight": torch.ones(1)}}, tmp_path / "classifier.ckpt")
-    with pytest.raises(ValueError, match=r"classifier\.ckpt has no state dict with 'encoder.conv_in.weight'"):
+    with pytest.raises(ValueError, match=r"classifier\.ckpt has no weights 'encoder\.norm\.weight'"):
         import_lightning(tmp_path / "classifier.ckpt", config, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.ckpt", "other.yaml"]
     output.mkdir()

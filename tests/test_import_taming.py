@@ -117,7 +117,7 @@ def test_the_gumbel_variant(tmp_path: Path) -> None:
     assert str(quantizer.temperature_decay) == "1000001 steps"
 
 
-@pytest.mark.parametrize("place", ["model", "ema", "state_dict", "bare"])
+@pytest.mark.parametrize("place", ["model", "ema", "state_dict", "bare", "wrapped"])
 def test_llamagens_tokenizer(place: str, tmp_path: Path) -> None:
     theirs = VQGAN(LLAMAGEN, multipliers=(1, 1, 2), attention=(2,))
     codes, quantized = theirs.nearest(theirs.latents(pixels()), unit=True)
@@ -125,6 +125,8 @@ def test_llamagens_tokenizer(place: str, tmp_path: Path) -> None:
     weights = theirs.weights | {"quantize.codebook_used": torch.zeros(65536)}
     other = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     found = weights if place == "bare" else {"model": other, place: weights, "steps": 5}
+    if place == "wrapped":  # by DistributedDataParallel
+        found = {"model": {f"module.{name}": tensor for name, tensor in weights.items()}}
     check(tmp_path, theirs, found, None, codes, expected)
     quantizer = load_config(tmp_path / "imported" / "config.yaml").quantizer
     assert isinstance(quantizer, StandardQuantizerConfig) and quantizer.l2_normalize
@@ -184,8 +186,29 @@ def test_what_does_not_fit_is_named_and_nothing_is_left_behind(
 
     part = sentence("taming", tmp_path / "x" / "part.ckpt", "--config", YAML)
     assert "part.ckpt holds the weights of another network" in part and "mid_block" in part
-    assert "no encoder of taming's" in sentence("taming", tmp_path / "x" / "other.ckpt", "--config", YAML)
-    assert "has no state dict with 'quant_conv.weight'" in sentence("llamagen", tmp_path / "x" / "none.ckpt")
+    assert "no weights 'encoder.down.0.block" in sentence("taming", tmp_path / "x" / "other.ckpt", "--config", YAML)
+    assert "no weights 'quant_conv.weight'" in sentence("llamagen", tmp_path / "x" / "none.ckpt")
+    # one program's checkpoint given to another's importer would be read with wrong codes
+    assert "no weights 'encoder.conv_blocks.0" in sentence("llamagen", CHECKPOINT)
+    lightning = GOLDEN / "lightning_standard_head"
+    assert "no weights 'quant_conv.weight'" in sentence("taming", f"{lightning}.ckpt", "--config", YAML)
+    assert "no weights 'encoder.norm.weight'" in sentence("lightning", CHECKPOINT, "--config", f"{lightning}.yaml")
+    damaged = {
+        "remapped codes": weights | {"quantize.used": torch.ones(3)},
+        "'quant_conv.bias' in it is no tensor": weights | {"quant_conv.bias": [1.0]},
+        "'7' in it is no tensor": weights | {7: torch.ones(1)},
+        "no encoder of taming's": {k: v for k, v in weights.items() if "encoder.down.1.block.0.conv2" not in k},
+        "quantizer.codebook": {k: v for k, v in weights.items() if not k.startswith("quantize.")},
+    }
+    for expected, state in damaged.items():
+        torch.save({"state_dict": state}, tmp_path / "x" / "damaged.ckpt")
+        assert expected in sentence("taming", tmp_path / "x" / "damaged.ckpt", "--config", YAML)
+    theirs = VQGAN(LLAMAGEN, multipliers=(1, 2), attention=(1,))
+    theirs.pixels(theirs.nearest(theirs.latents(pixels()))[1])
+    torch.save(theirs.weights | {"quantize.embedding.weight": torch.ones(8)}, tmp_path / "x" / "flat.pt")
+    assert "'quantize.embedding.weight' of shape (8,) is no codebook" in sentence(
+        "llamagen", tmp_path / "x" / "flat.pt"
+    )
     assert "it has no 'model.params.n_embed'" in sentence(
         "taming", CHECKPOINT, "--config", tmp_path / "x" / "short.yaml"
     )

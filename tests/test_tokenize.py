@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import TAMING, tiny_tokenizer
 from images import truncate
 from PIL import Image
 from pyarrow import parquet
@@ -77,7 +78,7 @@ def test_every_image_has_the_codes_that_encode_gives(
 ) -> None:
     assert main(command(images, "--shard-images", "4")) == 0
     tokens = images.parent / "tokens"
-    assert capsys.readouterr().out == f"{tokens}: 11 x 4 x 4 codes in 3 shards\n"
+    assert capsys.readouterr().out == f"{tokens}: 11 x 4 x 4 codes in 3 shards, with labels\n"
     rows = load_tokens(tokens)
     assert rows.column_names == ["codes", "label", "file_name", "index", "view"]
     expected = [codes_of(tokenizer, file).flatten().tolist() for file in files(images)]
@@ -258,10 +259,123 @@ def test_labels_of_data_sets_and_of_betons(images: Path, tokenizer: ImageTokeniz
         assert rows["file_name"][7] == place and getattr(rows.features["label"], "names", None) == names
 
 
-def test_images_without_classes_have_no_label(images: Path, tokenizer: ImageTokenizer) -> None:
+def test_images_without_classes_have_no_label_and_that_is_said(
+    images: Path, tokenizer: ImageTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_images(images / "train", 1, size=24, seed=8)
     assert main(command(images)) == 0
     assert "label" not in load_tokens(images.parent / "tokens").column_names
+    assert "12 x 4 x 4 codes in 2 shards, without labels" in capsys.readouterr().out.replace("1 shards", "2 shards")
+    assert main(command(images, f"--output={images.parent / 'more'}", "data.label_column=kind")) == 2
+    assert "data.label_column kind is for data sets and betons" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "reason"),
+    [
+        ([0.5, 1.0], datasets.Value("float32"), "not class numbers"),
+        (["a", "b"], datasets.Value("string"), "not class numbers"),
+        ([True, False], datasets.Value("bool"), "not class numbers"),
+        ([[1], [2]], datasets.List(datasets.Value("int64")), "not class numbers"),
+        ([1, None], datasets.Value("int64"), "1 empty values"),
+        ([1, None], datasets.ClassLabel(num_classes=3), "1 empty values"),
+    ],
+)
+def test_a_column_that_holds_no_class_numbers_is_no_label_and_named_where_it_is_asked_for(
+    values: list[Any],
+    kind: Any,
+    reason: str,
+    images: Path,
+    tokenizer: ImageTokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": kind, "fine": datasets.Value("int8")})
+    columns = {"image": [str(file) for file in files(images)[:2]], "label": values, "fine": [7, 5]}
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "stored"))
+    data = [f"--data={tmp_path / 'stored'}", "data.train_split=stored"]
+    assert main(command(images, *data)) == 0
+    assert "without labels" in capsys.readouterr().out
+    assert main(command(images, *data, "data.label_column=label", f"--output={tmp_path / 'a'}")) == 2
+    said = capsys.readouterr().err
+    assert reason in said and "its columns are image, label, fine" in said and not (tmp_path / "a").exists()
+    assert main(command(images, *data, "data.label_column=fine")) == 2  # a folder is of one kind of labels
+    assert "labels None, now" in capsys.readouterr().err
+    assert main(command(images, *data, "data.label_column=fine", f"--output={tmp_path / 'b'}")) == 0
+    assert load_tokens(tmp_path / "b")["label"][:] == [7, 5]
+
+
+def test_another_part_of_a_data_set_is_told_from_the_first(
+    images: Path, tokenizer: ImageTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, chosen in (("a", files(images)[:4]), ("b", files(images)[4:8])):
+        rows = datasets.Dataset.from_dict({"image": [str(file) for file in chosen]})
+        rows.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / name / "train.parquet"))
+    assert main(command(images, f"--data={tmp_path / 'a'}", "data.train_split=train[:2]")) == 0
+    assert main(command(images, f"--data={tmp_path / 'a'}", "data.train_split=train[-2:]")) == 2
+    assert "split train[:2], now train[-2:]" in capsys.readouterr().err
+    assert main(command(images, f"--data={tmp_path / 'b'}", "data.train_split=train[:2]")) == 2
+    assert "sample_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["true", "123", "a: b", "null", "img ", "ünï"])
+def test_the_data_may_have_any_name(name: str, images: Path, tokenizer: ImageTokenizer, tmp_path: Path) -> None:
+    shutil.move(images, tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main([*command(images), f"--data={name}"]) == 0
+    assert len(load_tokens(tmp_path / "tokens")) == 11
+
+
+def test_a_file_name_that_is_no_utf8_is_shown_as_well_as_can_be(images: Path, tokenizer: ImageTokenizer) -> None:
+    os.rename(files(images)[0], os.fsencode(files(images)[0].parent) + b"/\xff.png")
+    assert main(command(images)) == 0
+    assert "ant/\ufffd.png" in load_tokens(images.parent / "tokens")["file_name"][:]
+
+
+def test_a_damaged_shard_is_written_again(images: Path, tokenizer: ImageTokenizer, tmp_path: Path) -> None:
+    assert main(command(images, "--shard-images=4")) == 0
+    tokens, before = tmp_path / "tokens", shards(tmp_path / "tokens")
+    first, second, third = sorted((tokens / "data").iterdir())
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-100])
+    third.unlink()
+    with pytest.raises(ValueError, match="is not complete: 3 of 3 shards are missing or damaged"):
+        load_tokens(tokens)
+    assert main(command(images)) == 0
+    assert shards(tokens) == before
+
+
+def test_a_run_that_was_killed_before_its_manifest_was_there_begins_again(
+    images: Path, tokenizer: ImageTokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens" / "data").mkdir(parents=True)
+    (tmp_path / "tokens" / ".lock").touch()
+    (tmp_path / "tokens" / ".manifest.json.partial").write_text("{")
+    assert main(command(images)) == 0
+    assert len(load_tokens(tmp_path / "tokens")) == 11
+
+
+def test_two_commands_at_once_do_not_mix(
+    images: Path, tokenizer: ImageTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_processes(command(images, "--shard-images=1"), 1)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "tokens" / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    seconds = [subprocess.run([sys.executable, "-m", "vqgan_accel", *command(images, "--views=flip")], check=False)]
+    assert first.wait(60) == 0 and seconds[0].returncode == 2
+    assert set(load_tokens(tmp_path / "tokens")["view"]) == {"center"}
+
+
+def test_broken_images_are_left_out_whatever_the_architecture(tmp_path: Path, images: Path) -> None:
+    """diffusers' attention knows no empty batch."""
+    config = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8)
+    tiny_tokenizer(config, **TAMING).save_pretrained(tmp_path / "tokenizer")
+    truncate(files(images)[5])
+    more = ["data.on_error=skip", "evaluation.batch_size=1", "--shard-images=1"]
+    assert main(command(images, *more)) == 0
+    assert load_tokens(tmp_path / "tokens")["index"][:] == [index for index in range(11) if index != 5]
 
 
 def test_what_is_wrong_is_one_sentence_and_nothing_is_touched(
@@ -280,10 +394,15 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_touched(
     assert "image_size 16, now 24" in sentence("data.image_size=24")
     assert "shard_images 11, now 4" in sentence("--shard-images=4")
     assert "views ['center'], now ['center', 'center_mirrored']" in sentence("--views=flip")
-    write_images(images / "train" / "ant", 1, size=24, seed=77)
-    assert shards(tmp_path / "tokens") == before
+    content = files(images)[0].read_bytes()
+    write_images(images / "train" / "ant", 1, size=24, seed=77)  # another image of the same name
+    assert "sample_sha256" in sentence() and shards(tmp_path / "tokens") == before
+    files(images)[0].write_bytes(content)
     write_images(images / "train" / "eel", 1, size=24, seed=77)
     assert "num_images 11, now 12" in sentence()
+    shutil.rmtree(images / "train" / "eel")
+    assert main(command(images)) == 0
+    capsys.readouterr()
     other = tiny_tokenizer(StandardQuantizerConfig(type="standard", num_codes=32, embedding_dim=8))
     other.save_pretrained(tmp_path / "other")
     assert main(["tokenize", str(tmp_path / "other"), *command(images)[2:]]) == 2
@@ -302,12 +421,17 @@ def test_what_is_no_folder_of_tokens_is_said(images: Path, tokenizer: ImageToken
     first, second, _ = sorted((tokens / "data").iterdir())
     content = first.read_bytes()
     first.unlink()
-    with pytest.raises(ValueError, match="is not complete: 1 of 3 shards are missing"):
+    with pytest.raises(ValueError, match="is not complete: 1 of 3 shards are missing or damaged"):
         load_tokens(tokens)
     first.write_bytes(content)
     parquet.write_table(parquet.read_table(second).slice(1), second)
     with pytest.raises(ValueError, match="has 10 rows and its manifest says 11"):
         load_tokens(tokens)
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    for key in ("shards", "split", "complete", "rows", "views"):
+        (tokens / "manifest.json").write_text(json.dumps({**manifest, key: None}))
+        with pytest.raises(ValueError, match=rf"is not the manifest of a folder of tokens: it has no {key}"):
+            load_tokens(tokens)
     (tokens / "manifest.json").write_text("[")
     with pytest.raises(ValueError, match=r"manifest\.json is not the manifest of a folder of tokens"):
         load_tokens(tokens)

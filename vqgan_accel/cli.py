@@ -254,7 +254,7 @@ def run_import(options: argparse.Namespace) -> None:
 
 def data_overrides(path: str | None) -> list[str]:
     """--data=PATH, whatever it is."""
-    return [] if path is None else [f"data.path={path}", "data.backend=auto"]
+    return [] if path is None else [f"data.path={json.dumps(path)}", "data.backend=auto"]  # a name may look like YAML
 
 
 def run_codebook(options: argparse.Namespace) -> None:
@@ -274,7 +274,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
         left_out = f", {manifest['skipped_images']} unreadable images left out" if manifest["skipped_images"] else ""
         height, width = manifest["code_grid"]
         codes = f"{manifest['rows']:,} x {height} x {width} codes in {manifest['shards']} shards"
-        print(f"{options.output}: {codes}{left_out}")
+        print(f"{options.output}: {codes}{left_out}, {'with' if manifest['labels'] else 'without'} labels")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -287,7 +287,7 @@ def run_export(options: argparse.Namespace) -> None:
         return
     from vqgan_accel.interop.hub import export_hub, push_to_hub
 
-    print("\n".join(export_hub(options.path, options.output)))
+    print("\n".join(export_hub(options.path, options.output, options.push)))
     if options.push:
         print(f"pushed to {push_to_hub(options.output, options.push, options.private)}")
 

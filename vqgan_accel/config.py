@@ -159,6 +159,8 @@ class TamingConfig(ConvolutionalConfig):
         number = len(self.channel_multipliers)
         if bad := [level for level in self.attention_levels if not -number <= level < number]:
             raise ValueError(f"attention_levels has {bad[0]}, and the {number} levels are 0 to {number - 1}")
+        counted = tuple(sorted({level % number for level in self.attention_levels}))
+        object.__setattr__(self, "attention_levels", counted)  # one form of each layout, so that equal ones are equal
         return self
 
     @property
@@ -431,7 +433,7 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
     try:
         return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
-        raise ValueError(f"{source}: " + "\n".join(_sentence(detail) for detail in error.errors())) from None
+        raise ValueError(f"{source}: {sentences(error)}") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
@@ -477,6 +479,11 @@ UNION_TYPES = {  # a section of which there are several -> its types
 }
 
 
+def sentences(error: ValidationError) -> str:
+    """One line for each mistake, naming keys as the user writes them."""
+    return "\n".join(_sentence(detail) for detail in error.errors())
+
+
 def _either(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
@@ -484,7 +491,8 @@ def _either(names: Sequence[str]) -> str:
 def _sentence(detail: Any) -> str:
     """One pydantic error as a sentence that names the key as the user writes it."""
     location = detail["loc"]
-    if len(location) > 1 and location[1] in UNION_TYPES.get(location[0], ()):
+    types = UNION_TYPES.get(str(location[0]).removesuffix("_config") if location else "", ())
+    if len(location) > 1 and location[1] in types:
         location = location[:1] + location[2:]  # pydantic names the union's branch there
     key = ".".join(str(part) for part in location)
     given = detail.get("input")
@@ -494,9 +502,9 @@ def _sentence(detail: Any) -> str:
         case "missing":
             return f"'{key}' is missing"
         case "union_tag_not_found":
-            return f"'{key}.type' is missing; give {_either(UNION_TYPES[key])}"
+            return f"'{key}.type' is missing; give {_either(types)}"
         case "union_tag_invalid":
-            return f"'{key}.type' is {given.get('type')!r} but must be {_either(UNION_TYPES[key])}"
+            return f"'{key}.type' is {given.get('type')!r} but must be {_either(types)}"
         case "value_error":
             return f"{key + ': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
     if key == "training.mixed_precision" and given == "fp16":

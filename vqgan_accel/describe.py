@@ -17,11 +17,29 @@ from vqgan_accel.losses.perceptual import LPIPSDistance, MobileNetDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
+QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "hidden_channels")
+
 
 def build_tokenizer(config: Config) -> ImageTokenizer:
     return ImageTokenizer(
         config.autoencoder.model_dump(mode="json"), config.quantizer.model_dump(mode="json"), config.data.image_size
     )
+
+
+def layout_differences(config: Config, saved: ImageTokenizer) -> list[str]:
+    """The keys that keep a saved tokenizer's weights from meaning the same in this config, with its own values. (Costs
+    and schedules may differ.)"""
+    layout, codes = saved.settings.autoencoder_config, saved.settings.quantizer_config
+    sections = (
+        ("autoencoder", config.autoencoder, layout, type(layout).model_fields),
+        ("quantizer", config.quantizer, codes, QUANTIZER_LAYOUT),
+    )
+    return [
+        f"{section}.{name} ({getattr(theirs, name)})"
+        for section, ours, theirs, names in sections
+        for name in names
+        if hasattr(theirs, name) and getattr(ours, name, None) != getattr(theirs, name)
+    ]
 
 
 def build_discriminator(config: Config) -> StyleGAN2Discriminator | None:

@@ -27,7 +27,8 @@ METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
-TOKENIZER_CONFIG = "config.json"  # a file there, named so by diffusers
+TOKENIZER_CONFIG = "config.json"  # files there, named so by diffusers
+WEIGHTS_PATTERN = "diffusion_pytorch_model*.safetensors*"
 DISCRIMINATOR = "discriminator.safetensors"  # a file there
 EVALUATION = "evaluation"  # a folder of one for each split
 EVALUATION_RESULTS = "metrics.json"  # a file there
@@ -68,14 +69,18 @@ def write_atomically(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def require_absent(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; give another output folder")
+
+
 @contextmanager
 def written_as_a_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, beside `folder`, which takes its name at the end; nothing is left where writing fails.
 
     ValueError where there is something at `folder` already.
     """
-    if folder.exists():
-        raise ValueError(f"{folder} is there already; give another output folder")
+    require_absent(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -157,13 +162,14 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
 def downloaded(name: Path) -> Path:
     """The folder in which the hub's files of that name are kept."""
     missing = f"there is no run, checkpoint or saved tokenizer at {name}"
-    if name.is_absolute() or len(name.parts) != 2:  # names on the hub are USER/NAME
+    # Names on the hub are USER/NAME; below a folder that is here something was mistyped.
+    if name.is_absolute() or len(name.parts) != 2 or name.parent.exists():
         raise FileNotFoundError(missing)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[TOKENIZER_CONFIG, CONFIG, "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=[TOKENIZER_CONFIG, CONFIG, WEIGHTS_PATTERN]))
     except (OSError, HFValidationError) as error:  # its errors of the network and of the server are OSErrors
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(f"{missing}, nor can that name be had from the Hugging Face hub ({reason})") from None

@@ -109,12 +109,13 @@ class BetonSource:
 
     def labels(self) -> Labels | None:
         wanted = self.label_field or DEFAULT_LABEL
-        if wanted not in self.field_names and self.label_field is None:
-            return None
-        if wanted not in self.field_names or self.types[number := self.field_names.index(wanted)] != INT_TYPE:
+        number = self.field_names.index(wanted) if wanted in self.field_names else None
+        if number is None or self.types[number] != INT_TYPE:
+            if self.label_field is None:
+                return None
             raise ValueError(
-                f"{self.file} has no field '{wanted}' of whole numbers; its fields are {listed(self.field_names)}: set "
-                "another data.label_column"
+                f"{self.file} has no field '{wanted}' of whole numbers (data.label_column); its fields are "
+                f"{listed(self.field_names)}"
             )
         return Labels(np.array(self.fields[f"field{number}"], np.int64), None)
 

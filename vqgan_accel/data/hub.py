@@ -66,17 +66,21 @@ class HubSource:
 
     def labels(self) -> Labels | None:
         column = self.label_column or DEFAULT_LABEL
-        feature = self.all_columns.features.get(column)
-        if feature is None and self.label_column is None:
-            return None
-        if not isinstance(feature, datasets.ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
-            columns = listed(self.all_columns.column_names)
+        features = self.all_columns.features
+        feature = features.get(column)
+        usable = isinstance(feature, datasets.ClassLabel) or (
+            isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+        )
+        stored = self.all_columns.with_format("arrow")[:][column] if usable else None
+        if stored is None or stored.null_count:
+            if self.label_column is None:
+                return None
+            reason = f"{feature}, not class numbers" if stored is None else f"{stored.null_count} empty values"
             raise ValueError(
-                f"column '{column}' of {self.title} holds no class numbers ({feature}); its columns are {columns}: set "
-                "another data.label_column"
+                f"data.label_column '{column}' of {self.title} holds {reason}; its columns are {listed([*features])}"
             )
-        numbers = np.asarray(self.all_columns.with_format("numpy", columns=[column])[:][column], np.int64)
-        return Labels(numbers, feature.names if isinstance(feature, datasets.ClassLabel) else None)
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        return Labels(stored.to_numpy().astype(np.int64), names)
 
     def fingerprint(self) -> str:
         return f"{len(self.rows)} images"

@@ -84,7 +84,7 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
         }
         origin |= {"max_resolution": options.max_resolution, "write_mode": options.write_mode}
         labels = source.labels()
-        origin |= {"quality": options.quality, "on_error": config.on_error, "labels": labels is not None}
+        origin |= {"quality": options.quality, "on_error": config.on_error, "labels": labels and labels.fingerprint()}
         if file.exists():
             _require_same_origin(file, origin)
             print(f"{split_name}: {file} is there already, made of the same images with the same options", flush=True)

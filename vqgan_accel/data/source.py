@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,11 @@ class Labels(NamedTuple):
 
     numbers: NDArray[np.int64]  # (N,)
     names: list[str] | None  # of the classes, where the data set has some
+
+    def fingerprint(self) -> str:
+        """16 hex digits of sha256."""
+        content = self.numbers.astype("<i8").tobytes() + "\n".join(self.names or []).encode(errors="surrogateescape")
+        return hashlib.sha256(content).hexdigest()[:16]
 
 
 @runtime_checkable

@@ -10,18 +10,25 @@ manifest.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pyarrow import parquet
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 MANIFEST = "manifest.json"
+REQUIRED = {"split": str, "shards": int, "shard_images": int, "complete": bool, "views": list, "code_grid": list}
 LARGEST_UINT16 = 2**16  # codes; above they are int32
 
 
 def shard_file(folder: Path, split: str, number: int, count: int) -> Path:
-    return folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+    """`split` as `datasets` may call one: of letters, digits and underscores."""
+    name = re.sub(r"\W+", "_", split).strip("_") or "rows"
+    return folder / "data" / f"{name}-{number:05d}-of-{count:05d}.parquet"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -31,9 +38,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no tokens: it has no {MANIFEST}; `vqgan-accel tokenize` makes some")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        return {**manifest}
-    except (ValueError, TypeError) as error:
+        kinds = REQUIRED | ({"rows": int} if manifest.get("complete") else {})
+        wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the manifest of a folder of tokens ({error})") from None
+    if wrong:
+        raise ValueError(f"{file} is not the manifest of a folder of tokens: it has no {wrong[0]}")
+    return manifest
+
+
+def rows_in(file: Path) -> int | None:
+    """How many rows a shard has; None where it is missing or damaged."""
+    try:
+        return parquet.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def shard_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
@@ -54,14 +73,15 @@ def load_tokens(folder: str | Path) -> Dataset:
     folder = Path(folder)
     manifest = read_manifest(folder)
     files = shard_files(folder, manifest)
-    missing = [file for file in files if not file.is_file()]
-    if missing or not manifest["complete"]:
+    counts = {file: count for file in files if (count := rows_in(file)) is not None}
+    if len(counts) < len(files) or not manifest["complete"]:
         raise ValueError(
-            f"{folder} is not complete: {len(missing)} of {len(files)} shards are missing; give the same `vqgan-accel "
-            "tokenize` again, which goes on"
+            f"{folder} is not complete: {len(files) - len(counts)} of {len(files)} shards are missing or damaged; give "
+            "the same `vqgan-accel tokenize` again, which goes on"
         )
-    rows = datasets.Dataset.from_parquet([str(file) for file in files])
+    if (found := sum(counts.values())) != manifest["rows"]:
+        raise ValueError(f"{folder} has {found} rows and its manifest says {manifest['rows']}: copy it again")
+    # `datasets` cannot read a file without rows, which is one of whose images none could be read
+    rows = datasets.Dataset.from_parquet([str(file) for file, count in counts.items() if count])
     assert isinstance(rows, datasets.Dataset)
-    if len(rows) != manifest["rows"]:
-        raise ValueError(f"{folder} has {len(rows)} rows and its manifest says {manifest['rows']}: copy it again")
     return rows

@@ -16,7 +16,8 @@ from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, nei
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
 from vqgan_accel.models.quantizers import Quantizer, count_codes
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
+from vqgan_accel.models.weights import require_finite
+from vqgan_accel.run_folder import find_tokenizer, require_absent, written_as_a_whole
 
 TABLE = "codebook.csv"
 
@@ -30,11 +31,13 @@ def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
     path: a run, a checkpoint, a saved tokenizer or a name on the hub; uses are counted on `evaluation.split` of
     `data.path`. Errors are those of evaluate.
     """
+    require_absent(output)  # before all images are encoded
     folder, config_file = find_tokenizer(path)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = evaluation_config(tokenizer, config_file, overrides)
     source = open_source(config.data, config.evaluation.split)
     device = start_accelerator("no").device
+    require_finite(tokenizer, str(folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
     for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):

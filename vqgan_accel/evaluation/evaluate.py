@@ -22,6 +22,7 @@ from vqgan_accel.config import Config, load_config, parse_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, to_float
 from vqgan_accel.data.opening import count_images, open_source
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.describe import layout_differences
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
@@ -109,10 +110,10 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
     if (number := count_images(source)) is not None:
         metrics.require(number)
-    home = config_file.parent if config_file else folder
+    home = (config_file.parent if config_file else folder) / EVALUATION
     if not path.is_dir():  # a name on the hub: not among its cached files
-        home = Path(path.name)
-    output = output or home / EVALUATION / settings.split
+        home = Path(EVALUATION, path)
+    output = output or home / settings.split
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     batches = evaluation_loader(
@@ -154,6 +155,11 @@ def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overr
     """The run's config, or the defaults for a tokenizer without one, with the overrides applied."""
     if config_file is not None:
         config = load_config(config_file, overrides)
+        if keys := layout_differences(config, tokenizer):
+            raise ValueError(
+                f"{config_file} is not the config of the tokenizer that lies there, which has another "
+                f"{', '.join(keys)}; move one of them elsewhere"
+            )
     else:
         own = tokenizer.settings.model_dump(mode="json")
         values = {

@@ -19,30 +19,35 @@ from vqgan_accel.run_folder import (
     EVALUATION,
     EVALUATION_RESULTS,
     find_tokenizer,
+    require_absent,
     write_json,
     written_as_a_whole,
 )
 
+SHOWN = ("results", "tokenizer_sha256", "skipped_images", "protocol", "fingerprint")  # of evaluate.py's report
 
-def export_hub(path: Path, output: Path) -> list[str]:
+
+def export_hub(path: Path, output: Path, repo: str | None = None) -> list[str]:
     """Write output/ with the tokenizer of a run, a checkpoint or a saved tokenizer (`ImageTokenizer.from_pretrained`
     reads it), config.yaml, evaluation_SPLIT.json of what was measured with just these weights, and README.md, the model
-    card. Returns lines that say what is in it.
+    card. Returns lines that say what is in it. repo: the name USER/NAME that it will have, for the card.
 
     Paths of this machine stay out of it. FileNotFoundError or ValueError where there is no tokenizer.
     """
+    require_absent(output)
     folder, config_file = find_tokenizer(path)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = public(evaluation_config(tokenizer, config_file, []))
     reports = measurements((config_file.parent if config_file else folder) / EVALUATION, state_hash(tokenizer))
-    tokenizer.register_to_config(_name_or_path=output.name)  # diffusers would leave the path it was read from
+    name = repo or f"USER/{output.name}"
+    tokenizer.register_to_config(_name_or_path=name)  # diffusers would leave the path it was read from
     with written_as_a_whole(output) as partial:
         tokenizer.save_pretrained(partial)
         save_config(config, partial / CONFIG)
         for split, report in reports.items():
             write_json(partial / f"evaluation_{split}.json", report)
         recipe = (partial / CONFIG).read_text(encoding="utf-8")
-        model_card(output.name, config, recipe, reports).save(partial / "README.md")
+        model_card(name, config, recipe, reports).save(partial / "README.md")
     measured = [f"measured on {split}: protocol {report['fingerprint']}" for split, report in reports.items()]
     return [f"{output}: {folder}, with its recipe and a model card", *(measured or ["not measured: see evaluate.py"])]
 
@@ -64,10 +69,13 @@ def push_to_hub(folder: Path, repo: str, private: bool) -> str:
 
 
 def public(config: Config) -> Config:
-    """Without this machine's absolute paths: their last parts say what is meant."""
+    """Without paths that lead out of the working folder: their last parts say what is meant."""
 
     def shown(text: str | None) -> str | None:
-        return PurePath(text).name if text is not None and PurePath(text).is_absolute() else text
+        if text is None:
+            return None
+        leads_out = PurePath(text).is_absolute() or text.startswith("~") or ".." in PurePath(text).parts
+        return PurePath(text).name if leads_out else text
 
     values = config.model_dump(mode="json") | {"output_dir": shown(config.output_dir)}
     values["data"]["path"] = shown(config.data.path)
@@ -80,10 +88,14 @@ def measurements(folder: Path, tokenizer_hash: str) -> dict[str, dict[str, Any]]
     """split -> what evaluate.py wrote there, where it was of these weights; without the place of the checkpoint."""
     found = {}
     for file in sorted(folder.glob(f"*/{EVALUATION_RESULTS}")):
-        report = json.loads(file.read_text(encoding="utf-8"))
-        if report["tokenizer_sha256"] == tokenizer_hash:
-            del report["checkpoint"]
-            found[file.parent.name] = report
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            same = report["tokenizer_sha256"] == tokenizer_hash
+            shown = {key: report[key] for key in SHOWN}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is not what evaluate.py writes ({error!r}); evaluate again") from None
+        if same:
+            found[file.parent.name] = shown
     return found
 
 
@@ -106,7 +118,7 @@ def model_card(name: str, config: Config, recipe: str, reports: dict[str, dict[s
     header = ModelCardData(
         library_name="vqgan_accel",
         tags=["image-tokenizer", "vq-vae" if config.discriminator is None else "vq-gan", config.quantizer.type],
-        model_name=name,
+        model_name=PurePath(name).name,
         eval_results=results or None,
     )
     lines = [
@@ -114,14 +126,14 @@ def model_card(name: str, config: Config, recipe: str, reports: dict[str, dict[s
         header.to_yaml(),
         "---",
         "",
-        f"# {name}",
+        f"# {PurePath(name).name}",
         "",
-        "An image tokenizer, trained with vqgan_accel.",
+        "An image tokenizer, to be used with vqgan_accel.",
         "",
         "```python",
         "from vqgan_accel.models.tokenizer import ImageTokenizer",
         "",
-        f'tokenizer = ImageTokenizer.from_pretrained("USER/{name}")',
+        f'tokenizer = ImageTokenizer.from_pretrained("{name}")',
         "codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> (B, h, w) int64",
         "images = tokenizer.decode(codes)",
         "```",

@@ -46,20 +46,37 @@ class Settings:
             raise ValueError(f"{self.file}: '{key}' is {values!r}, which is no {kind.__name__}") from None
 
 
-def read_state_dict(checkpoint: Path, known: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by name, the whole checkpoint). `known` is a name that the program's networks always have.
+def read_state_dict(checkpoint: Path, *known: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by name, the whole checkpoint). `known`: names that the program's networks always have, and by which
+    they are told from others.
 
     ValueError where the file cannot be read safely or holds something else.
     """
     found = read_safely(checkpoint, "the checkpoint")
     whole = found if isinstance(found, dict) else {}
     for place in ("ema", "state_dict", "model"):  # LlamaGen's averaged weights before the others
-        weights = whole.get(place)
-        if isinstance(weights, dict) and known in weights:
-            return weights, whole
-    if known in whole:
-        return whole, {}
-    raise ValueError(f"{checkpoint} has no state dict with '{known}': it is another program's checkpoint")
+        if isinstance(whole.get(place), dict) and whole[place]:
+            break
+    else:
+        whole, place = {"model": whole}, "model"  # no more than the weights
+    weights = whole[place]
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{checkpoint} has no state dict: '{name}' in it is no tensor")
+    for wrapper in ("module.", "_orig_mod."):  # of DistributedDataParallel, of torch.compile
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    if missing := [name for name in known if name not in weights]:
+        raise ValueError(f"{checkpoint} has no weights '{missing[0]}': it is another program's checkpoint")
+    return weights, whole
+
+
+def numbers(values: Any) -> list[float]:
+    return [float(value) for value in values]
+
+
+def whole_numbers(values: Any) -> list[int]:
+    return [int(value) for value in values]
 
 
 def write_import(output: Path, config: Config, tokenizer: ImageTokenizer, discriminator: nn.Module | None) -> None:

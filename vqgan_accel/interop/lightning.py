@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vqgan_accel.config import Config, EMAQuantizerConfig, MaskGITConfig, parse_config
 from vqgan_accel.describe import build_discriminator, build_tokenizer
-from vqgan_accel.interop.importing import Settings, read_state_dict, write_import
+from vqgan_accel.interop.importing import Settings, numbers, read_state_dict, whole_numbers, write_import
 from vqgan_accel.models.quantizers.ema import smoothed_counts
 from vqgan_accel.models.weights import fit_state
 
+CODEBOOK = "quantizer.codebook.weight"
 DISCRIMINATOR_PREFIX = "criterion.discriminator."
 OLD = {"upsample_conv": False, "norm_eps": 1e-5, "output_activation": "none", "pixel_statistics": "imagenet"}
 HEAD = {"upsample_conv": True, "norm_eps": 1e-6, "output_activation": "tanh", "pixel_statistics": "half"}
@@ -31,7 +32,7 @@ def import_lightning(checkpoint: Path, yaml_file: Path, output: Path) -> list[st
     nothing of a checkpoint is executed, and the folder appears when it is complete.
     """
     settings = Settings(yaml_file)
-    weights, found = read_state_dict(checkpoint, "encoder.conv_in.weight")
+    weights, found = read_state_dict(checkpoint, "encoder.norm.weight", CODEBOOK)
     config = converted_config(settings, weights, output)
 
     tokenizer = build_tokenizer(config)
@@ -66,7 +67,7 @@ def tokenizer_weights(weights: dict[str, Tensor], config: Config) -> dict[str, T
         for name, tensor in weights.items()
         if name.startswith(("encoder.", "decoder."))
     }
-    codebook = weights["quantizer.codebook.weight"]
+    codebook = weights[CODEBOOK]
     match config.quantizer.type:
         case "ema":
             # The codebook is what it quantizes with; ours is sums over smoothed counts, so the sums follow.
@@ -98,7 +99,7 @@ def converted_config(settings: Settings, weights: dict[str, Tensor], output: Pat
         "data": {"image_size": take("image_size", int), "crop_scale": None, "horizontal_flip": False},
         "autoencoder": {
             "channels": take("autoencoder.channels", int),
-            "channel_multipliers": list(take("autoencoder.channel_multipliers")),
+            "channel_multipliers": take("autoencoder.channel_multipliers", whole_numbers),
             "num_res_blocks": take("autoencoder.num_res_blocks", int),
             "norm_variance": "unbiased" if unbiased else "biased",
             **(HEAD if upsample_conv else OLD),
@@ -109,7 +110,7 @@ def converted_config(settings: Settings, weights: dict[str, Tensor], output: Pat
             "max_epochs": take("training.max_epochs", float),
             "total_batch_size": take("training.cumulative_bs", int),
             "base_lr": take("training.base_lr", float),
-            "betas": [float(beta) for beta in take("training.betas")],
+            "betas": take("training.betas", numbers),
             "eps": take("training.eps", float),
             "weight_decay": take("training.weight_decay", float),
         },

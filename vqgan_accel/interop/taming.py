@@ -22,7 +22,9 @@ from vqgan_accel.interop.diffusers import CODEBOOK, from_vq_model
 from vqgan_accel.interop.importing import Settings, read_state_dict, write_import
 from vqgan_accel.models.weights import fit_state
 
-KNOWN = "quant_conv.weight"  # a weight that both programs' checkpoints have
+# What tells taming's weights from LlamaGen's.
+TAMING = ("quant_conv.weight", "encoder.down.0.block.0.norm1.weight")
+LLAMAGEN = ("quant_conv.weight", "encoder.conv_blocks.0.res.0.norm1.weight", CODEBOOK)
 # Their names -> diffusers'. taming counts the decoder's levels from the full resolution, LlamaGen from the coarsest.
 RENAMED = (
     (r"^encoder\.(down|conv_blocks)\.(\d+)\.", r"encoder.down_blocks.\2."),
@@ -45,7 +47,9 @@ def import_taming(checkpoint: Path, yaml_file: Path, output: Path) -> list[str]:
     """taming's VQModel or GumbelVQ: writes output/config.yaml and output/tokenizer/, and returns lines that say what
     was found. Errors as in import_lightning."""
     settings = Settings(yaml_file)
-    weights, found = read_state_dict(checkpoint, KNOWN)
+    weights, found = read_state_dict(checkpoint, *TAMING)
+    if "quantize.used" in weights:
+        raise ValueError(f"{checkpoint} has remapped codes ('quantize.used'), which are not supported")
     steps = f"from step {found.get('global_step', 'unknown')}"
     return write_vqgan(weights, training_config(settings, weights), settings.file, checkpoint, output, steps)
 
@@ -53,8 +57,10 @@ def import_taming(checkpoint: Path, yaml_file: Path, output: Path) -> list[str]:
 def import_llamagen(checkpoint: Path, output: Path) -> list[str]:
     """LlamaGen's tokenizers, which have no YAML file: the keys tell all but the size of the images, and that codes are
     unit vectors, which is so in all that are published."""
-    weights, found = read_state_dict(checkpoint, KNOWN)
-    num_codes, embedding_dim = weights[CODEBOOK].shape if CODEBOOK in weights else (0, 0)
+    weights, found = read_state_dict(checkpoint, *LLAMAGEN)
+    if weights[CODEBOOK].ndim != 2:
+        raise ValueError(f"{checkpoint}: '{CODEBOOK}' of shape {tuple(weights[CODEBOOK].shape)} is no codebook")
+    num_codes, embedding_dim = weights[CODEBOOK].shape
     values = {
         "data": {"image_size": 256},
         "quantizer": {
@@ -145,10 +151,11 @@ def layout_of(named: dict[str, Tensor], checkpoint: object) -> dict[str, Any]:
     """Our `autoencoder` section, from weights under VQModel's names."""
     blocks = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv2\.weight", name) for name in named]
     places = {(int(match[1]), int(match[2])): named[match[0]].shape[0] for match in blocks if match}
-    if not places or "encoder.conv_in.weight" not in named or "encoder.conv_out.weight" not in named:
+    levels = len({name.split(".")[2] for name in named if name.startswith("encoder.down_blocks.")})
+    complete = {"encoder.conv_in.weight", "encoder.conv_out.weight"} <= named.keys()
+    if not levels or not complete or any((level, 0) not in places for level in range(levels)):
         raise ValueError(f"{checkpoint} has no encoder of taming's or LlamaGen's: it is another program's checkpoint")
     channels = named["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(level for level, _ in places)
     attention = {match[1] for name in named if (match := re.match(r"encoder\.down_blocks\.(\d+)\.attentions", name))}
     return {
         "type": "taming",

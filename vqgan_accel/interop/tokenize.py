@@ -6,6 +6,7 @@ shards, and a run that was killed writes those that are missing: no image twice,
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from contextlib import ExitStack, closing
@@ -24,18 +25,19 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
-from vqgan_accel.data.loading import Batch, to_float, views_loader
+from vqgan_accel.data.loading import Batch, Failure, read_image, to_float, views_loader
 from vqgan_accel.data.opening import open_indexed, split_of
-from vqgan_accel.data.source import Labels
-from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, shard_files
+from vqgan_accel.data.source import ImageSource, Labels
+from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.models.weights import state_hash
+from vqgan_accel.models.weights import require_finite, state_hash
 from vqgan_accel.run_folder import find_tokenizer, lock, naming, sync, write_json
 
 SHARD_IMAGES = 10_000  # at most, unless told otherwise
+SAMPLE = 32  # images whose pixels are hashed
 
 
 def tokenize(
@@ -49,21 +51,26 @@ def tokenize(
     Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of the same
     images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
     """
+    if shard_images is not None and shard_images < 1:
+        raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
     folder, config_file = find_tokenizer(path)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = evaluation_config(tokenizer, config_file, overrides or [])
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     labels = source.labels()
-    made = manifest_of(tokenizer, config, source.fingerprint(), len(source), views)
     largest = min(SHARD_IMAGES, -(-len(source) // accelerator.num_processes)) if shard_images is None else shard_images
     with ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], list[int]]:
-            manifest = begin_or_go_on(output, made, largest, told=shard_images is not None)
+            require_finite(tokenizer, str(folder))
+            require_tokens_or_nothing(output)
+            (output / "data").mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(output))
+            made = manifest_of(tokenizer, config, source, labels, views)
+            manifest = begin_or_go_on(output, made, largest, told=shard_images is not None)
             files = shard_files(output, manifest)
-            return manifest, [number for number, file in enumerate(files) if not file.is_file()]
+            return manifest, [number for number, file in enumerate(files) if rows_in(file) is None]
 
         manifest, missing = decided_by_main(begin)
         files = shard_files(output, manifest)
@@ -89,12 +96,12 @@ def tokenize(
                     indices.append(loaded_batch["index"])
                     bar.update(len(wanted))
                 places = torch.cat(indices).numpy()
-                names = [source.file_name(int(index)) for index in places]
+                names = [in_utf8(source.file_name(int(index))) for index in places]
                 write_shard(files[number], torch.cat(codes).numpy(), places, names, labels, manifest)
         if accelerator.is_main_process:
             # (No barrier: it would give up after some minutes, and a shard may take longer. Where another process
             # fails, the launcher ends this one.)
-            while not all(file.is_file() for file in files):
+            while any(rows_in(files[number]) is None for number in missing):
                 time.sleep(1)
             return finish(output, manifest)
     return manifest
@@ -118,18 +125,20 @@ def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> T
 
 
 def manifest_of(
-    tokenizer: ImageTokenizer, config: Config, fingerprint: str, num_images: int, views: str
+    tokenizer: ImageTokenizer, config: Config, source: ImageSource, labels: Labels | None, views: str
 ) -> dict[str, Any]:
-    """All that decides the codes, and what they are."""
+    """All that decides the rows, and what they are."""
     side = config.data.image_size // tokenizer.stride
     return {
         "tokenizer_sha256": state_hash(tokenizer),
         "tokenizer": tokenizer.settings.model_dump(mode="json"),
         "num_codes": tokenizer.quantizer.num_codes,
         "code_grid": [side, side],
-        "split": split_name(config),
-        "images": fingerprint,
-        "num_images": num_images,
+        "split": split_of(config.data, config.evaluation.split),
+        "images": source.fingerprint(),
+        "sample_sha256": sample_hash(source),
+        "num_images": len(source),
+        "labels": labels and labels.fingerprint(),
         "image_size": config.data.image_size,
         "crop": CROP,
         "resize_filter": RESIZE_FILTER,
@@ -138,20 +147,27 @@ def manifest_of(
     }
 
 
-def split_name(config: Config) -> str:
-    """What `datasets` may call a split: letters and digits of the data set's own name of it."""
-    name = "".join(letter if letter.isalnum() else "_" for letter in split_of(config.data, config.evaluation.split))
-    return name.strip("_") or config.evaluation.split
+def sample_hash(source: ImageSource) -> str:
+    """Of the pixels of SAMPLE images that are spread over the source: data sets of as many images of the same names are
+    told apart without decoding all of them."""
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(source) - 1, SAMPLE).astype(int):
+        image = read_image(source, int(index))
+        digest.update(b"broken" if isinstance(image, Failure) else str(image.size).encode() + image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def require_tokens_or_nothing(output: Path) -> None:
+    """ValueError where `output` holds something else than tokens, or their very beginning."""
+    if output.exists() and not (output / MANIFEST).is_file():
+        others = [path for path in output.rglob("*") if not path.name.startswith(".") and path != output / "data"]
+        if not output.is_dir() or others:
+            raise ValueError(f"{output} is there already and holds no tokens; give another output folder")
 
 
 def begin_or_go_on(output: Path, made: dict[str, Any], shard_images: int, told: bool) -> dict[str, Any]:
     """The manifest in `output`, written if there is none. ValueError where the codes there are others."""
     if not (output / MANIFEST).is_file():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is there already and holds no tokens; give another output folder")
-        if shard_images < 1:
-            raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
-        (output / "data").mkdir(parents=True, exist_ok=True)
         shards = -(-made["num_images"] // shard_images)
         manifest = made | {"shard_images": shard_images, "shards": shards, "complete": False}
         write_json(output / MANIFEST, manifest)
@@ -199,6 +215,11 @@ def write_shard(
         sync(file.parent)
 
 
+def in_utf8(name: str) -> str:
+    """A file's name may be any bytes; what is no UTF-8 is shown as question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Features:
     kind = "uint16" if manifest["num_codes"] <= LARGEST_UINT16 else "int32"
     height, width = manifest["code_grid"]
@@ -220,7 +241,7 @@ def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Fea
 
 def finish(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Count what is there and say that it is complete."""
-    rows = sum(parquet.read_metadata(file).num_rows for file in shard_files(output, manifest))
+    rows = sum(rows_in(file) or 0 for file in shard_files(output, manifest))
     if not rows:
         raise ValueError("not one image of the split could be read: there are no codes")
     skipped = manifest["num_images"] - rows // len(manifest["views"])

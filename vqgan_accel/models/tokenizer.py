@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from pydantic import Field
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, TamingConfig
+from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, TamingConfig, sentences
 from vqgan_accel.models.autoencoder import Decoder, Encoder
 from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
 from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
+from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,12 +107,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64"""
+        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64; B may be 0"""
+        if not len(images):  # diffusers' attention knows no empty batch
+            sides = [side // self.stride for side in images.shape[2:]]
+            return torch.empty(0, *sides, dtype=torch.int64, device=images.device)
         return self.quantizer.choose(self.latents(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]
+        """codes (B, h, w) int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]; B may be 0
 
         Raises ValueError for codes of another shape or outside [0, num_codes).
         """
@@ -119,6 +123,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
             raise ValueError(f"codes are int64 of shape (B, h, w), not {codes.dtype} of shape {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.quantizer.num_codes:
             raise ValueError(f"codes lie in [0, {self.quantizer.num_codes}), not in [{codes.min()}, {codes.max()}]")
+        if not len(codes):
+            return torch.empty(0, 3, *(side * self.stride for side in codes.shape[1:]), device=codes.device)
         pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
         return self.to_public_range(pixels).clamp(-1, 1)
 
@@ -141,26 +147,34 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
                 **options,
             )
         except (RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {CONFIG_NAME}: {reason}") from None
+            weights, reason = place / SAFETENSORS_WEIGHTS_NAME, " ".join(str(error).split())[:300]
+            raise ValueError(f"{weights} does not fit its {TOKENIZER_CONFIG}: {reason}") from None
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{place} cannot be read as a tokenizer: {' '.join(str(error).split())[:500]}") from None
         tokenizer, found = loaded
         if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
             raise ValueError(
-                f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {CONFIG_NAME}: one of them has {wrong[:3]}"
+                f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {TOKENIZER_CONFIG}: one of them has {wrong[:3]}"
             )
         return tokenizer
 
 
 def _check_folder(folder: Path) -> None:
     """FileNotFoundError or ValueError with our own sentence, where diffusers has none."""
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a saved tokenizer: it has no {name}")
-    file = folder / CONFIG_NAME
+    for pattern in (TOKENIZER_CONFIG, WEIGHTS_PATTERN):
+        if not any(folder.glob(pattern)):
+            raise FileNotFoundError(f"{folder} is not a saved tokenizer: it has no {pattern}")
+    file = folder / TOKENIZER_CONFIG
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # of JSON, of UTF-8
+        raise ValueError(f"{file} is not a tokenizer's config: {' '.join(str(error).split())}") from None
+    kind = values.get("_class_name", ImageTokenizer.__name__)
+    if kind != ImageTokenizer.__name__:
+        hint = "; `vqgan-accel import diffusers` makes one of it" if kind == "VQModel" else ""
+        raise ValueError(f"{file} is not a tokenizer's config but that of a {kind}{hint}")
+    try:
         TokenizerConfig.model_validate({key: value for key, value in values.items() if not key.startswith("_")})
-    except (ValueError, TypeError) as error:  # of JSON, of UTF-8, of pydantic
-        raise ValueError(f"{file} is not a tokenizer's config: {' '.join(str(error).split())[:300]}") from None
+    except ValidationError as error:
+        reason = "; ".join(sentences(error).splitlines()[:3])
+        raise ValueError(f"{file} is not a tokenizer's config: {reason}") from None

@@ -98,3 +98,10 @@ class FixedModule(nn.Module):
 def freeze(module: nn.Module) -> nn.Module:
     """Eval mode, no parameter gradients."""
     return module.eval().requires_grad_(False)
+
+
+def require_finite(module: nn.Module, name: str) -> None:
+    """ValueError where training has diverged: what it computes means nothing."""
+    bad = [key for key, tensor in module.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{name} has weights that are nan or infinite ({bad[0]}); take an earlier checkpoint")

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from vqgan_accel.config import Config
+from vqgan_accel.describe import layout_differences
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import fit_state, load_state
 from vqgan_accel.run_folder import DISCRIMINATOR, find_tokenizer
 
 SETTING = "training.init_from"
-QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "hidden_channels")
 
 
 def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discriminator: nn.Module | None) -> list[str]:
@@ -27,7 +27,7 @@ def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discrimin
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{SETTING}: {error}") from None
     saved = ImageTokenizer.from_pretrained(found)
-    if keys := different(config, saved):
+    if keys := layout_differences(config, saved):
         raise ValueError(f"{SETTING}: {found} has another {', '.join(keys)}; give this run the same")
     tokenizer.load_state_dict(saved.state_dict())
     lines = [f"beginning with the tokenizer of {found}"]
@@ -37,18 +37,3 @@ def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discrimin
             fit_state(discriminator, load_state(file, SETTING), SETTING, str(file))
         lines.append(f"beginning with the discriminator of {file}" if file.is_file() else "with a fresh discriminator")
     return lines
-
-
-def different(config: Config, saved: ImageTokenizer) -> list[str]:
-    """What tells whether weights of one mean the same in the other; costs and schedules may differ."""
-    layout, codes = saved.settings.autoencoder_config, saved.settings.quantizer_config
-    sections = (
-        ("autoencoder", config.autoencoder, layout, type(layout).model_fields),
-        ("quantizer", config.quantizer, codes, QUANTIZER_LAYOUT),
-    )
-    return [
-        f"{section}.{name} ({getattr(theirs, name)})"
-        for section, ours, theirs, names in sections
-        for name in names
-        if getattr(ours, name, None) != getattr(theirs, name, None)
-    ]
