@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,26 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(images: Path, tmp_path
     for workers in (0, 2):
         make_betons(config(images, workers=workers), tmp_path / str(workers), BetonOptions(64, "jpg", 90))
     assert (tmp_path / "0" / "train.beton").read_bytes() == (tmp_path / "2" / "train.beton").read_bytes()
+
+
+def test_classes_go_along_and_other_ones_are_another_beton(images: Path, tmp_path: Path) -> None:
+    files = sorted((images / "train").rglob("*.png"))[:6]
+    columns = {"image": [str(file) for file in files], "label": [3, 1, 2, 3, 1, 2], "fine": [0, 1, 2, 3, 4, 5]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "stored"))
+    options = {"backend": "hub", "path": str(tmp_path / "stored"), "train_split": "stored"}
+    make_betons(config(images, **options), tmp_path / "betons", RAW_64)
+    found = BetonSource(tmp_path / "betons", "train").labels()
+    assert found is not None and found.numbers.tolist() == [3, 1, 2, 3, 1, 2]
+    with pytest.raises(ValueError, match=r"train\.beton is there already and was made otherwise \(labels "):
+        make_betons(config(images, label_column="fine", **options), tmp_path / "betons", RAW_64)
+    make_betons(config(images, label_column="fine", **options), tmp_path / "fine", RAW_64)
+    found = BetonSource(tmp_path / "fine", "train").labels()
+    assert found is not None and found.numbers.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="has no field 'coarse' of whole numbers"):
+        BetonSource(tmp_path / "fine", "train", label_field="coarse").labels()
+    with pytest.raises(ValueError, match="has no field 'image' of whole numbers"):
+        BetonSource(tmp_path / "fine", "train", label_field="image").labels()
 
 
 def test_jpg_betons_hold_pillows_jpeg_of_the_pixels(images: Path, tmp_path: Path) -> None:

@@ -356,16 +356,25 @@ def test_a_run_that_was_killed_before_its_manifest_was_there_begins_again(
     assert len(load_tokens(tmp_path / "tokens")) == 11
 
 
-def test_two_commands_at_once_do_not_mix(
+def test_while_another_process_is_at_work_nothing_is_written(
     images: Path, tokenizer: ImageTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run_processes(command(images, "--shard-images=1"), 1)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "tokens" / ".lock").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    seconds = [subprocess.run([sys.executable, "-m", "vqgan_accel", *command(images, "--views=flip")], check=False)]
-    assert first.wait(60) == 0 and seconds[0].returncode == 2
-    assert set(load_tokens(tmp_path / "tokens")["view"]) == {"center"}
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    script = (
+        "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock; file = lock(Path(sys.argv[1]))"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{script}; print(flush=True); input()", str(tokens)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline()
+    assert main(command(images)) == 2
+    assert f"another process is at work in {tokens}" in capsys.readouterr().err
+    assert not (tokens / "manifest.json").exists()
+    holder.communicate(b"\n")
+    assert main(command(images)) == 0
 
 
 def test_broken_images_are_left_out_whatever_the_architecture(tmp_path: Path, images: Path) -> None:
