@@ -20,6 +20,8 @@ CORE = (
     "torchvision",
     "accelerate",
     "datasets",
+    "diffusers",
+    "huggingface-hub",
     "torchmetrics",
     "torch-fidelity",
     "lpips",
@@ -42,15 +44,15 @@ USES = {
 
 def doctor_lines(weights: WeightFiles) -> list[str]:
     """Nothing is downloaded to find out: a missing weight file is one that its first use would download."""
-    lines = [f"python         {platform.python_version()} on {platform.machine()}"]
-    lines += [f"{name:<15}{_version(name) or 'MISSING: pip install ' + name}" for name in CORE]
-    lines.append(f"devices        {_devices()}")
-    lines.append(f"bf16           {_bf16()}")
+    lines = [f"python           {platform.python_version()} on {platform.machine()}"]
+    lines += [f"{name:<17}{_version(name) or 'MISSING: pip install ' + name}" for name in CORE]
+    lines.append(f"devices          {_devices()}")
+    lines.append(f"bf16             {_bf16()}")
     for package, (extra, use) in EXTRAS.items():
         found = _version(package)
-        lines.append(f"{package:<15}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
+        lines.append(f"{package:<17}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
     for name, use in USES.items():
-        lines.append(f"{name:<15}{_weights(name, getattr(weights, name), use)}")
+        lines.append(f"{name:<17}{_weights(name, getattr(weights, name), use)}")
     return lines
 
 
