@@ -2,8 +2,8 @@
 2024, arXiv 2406.06525) and of diffusers' VQModel, whose networks are taming's under other names, into our `taming`
 architecture.
 
-Their discriminators, PatchGANs, are left behind. Two things of taming's quantizers are not kept, for they change
-training alone: the commitment cost on the wrong term, and Gumbel noise in evaluation.
+Their discriminators, PatchGANs, are left behind. Of taming's quantizers two things are not kept: the commitment cost on
+the wrong term, which concerns training alone, and GumbelVQ's noise in evaluation, where ours takes the most likely code.
 """
 
 from __future__ import annotations
