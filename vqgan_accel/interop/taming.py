@@ -3,7 +3,7 @@
 architecture.
 
 Their discriminators, PatchGANs, are left behind. Of taming's quantizers two things are not kept: the commitment cost on
-the wrong term, which concerns training alone, and GumbelVQ's noise in evaluation, where ours takes the most likely code.
+the wrong term, which concerns training alone, and GumbelVQ's noise in evaluation: ours takes the most likely code.
 """
 
 from __future__ import annotations
