@@ -65,7 +65,8 @@ def codebook_map(points: Tensor, explained: float, counts: Tensor) -> Figure:
     axes = figure.subplots()
     used = uses > 0
     (x, y), (other_x, other_y) = places[used].T, places[~used].T
-    axes.scatter(other_x, other_y, s=12, marker="x", color="0.7", linewidth=0.8, label=f"{(~used).sum()} unused")
+    label = f"{(~used).sum()} unused"
+    axes.scatter(other_x, other_y, s=12, color="tab:red", marker="x", linewidth=0.8, zorder=3, label=label)
     if used.any():
         shown = axes.scatter(x, y, s=14, c=uses[used], norm=LogNorm(), label=f"{used.sum()} used")
         figure.colorbar(shown, label="tokens")
