@@ -194,6 +194,19 @@ def test_weights_in_several_files_are_read(tmp_path: Path) -> None:
     assert torch.equal(ImageTokenizer.from_pretrained(tmp_path).encode(images()), tokenizer.encode(images()))
 
 
+def test_half_precision_is_autocasts_and_not_the_weights(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(QUANTIZERS["standard"]).eval()
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^torch_dtype torch\.bfloat16: codes are decided in float32"):
+        ImageTokenizer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = ImageTokenizer.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = loaded.encode(images())
+        decoded = loaded.decode(codes)
+    assert (codes == tokenizer.encode(images())).float().mean() > 0.9
+    assert decoded.dtype == torch.float32 and (decoded - tokenizer.decode(codes)).abs().max() < 0.1
+
+
 def test_the_model_of_another_library_is_named(tmp_path: Path) -> None:
     VQModel(block_out_channels=(32,)).save_pretrained(tmp_path)
     reason = "but that of a VQModel; `vqgan-accel import diffusers` makes one of it"

@@ -135,6 +135,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         options: diffusers' own, such as revision, subfolder, cache_dir, token. FileNotFoundError or ValueError says
         what is wrong; unlike diffusers, which fills the gaps at random, weights that do not fit are an error.
         """
+        if options.get("torch_dtype") not in (None, torch.float32):
+            raise ValueError(
+                f"torch_dtype {options['torch_dtype']}: codes are decided in float32; load the tokenizer without it, and "
+                "encode and decode under torch.autocast"
+            )
         place = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
         if place.is_dir():
             _check_folder(place)
