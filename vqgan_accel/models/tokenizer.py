@@ -137,8 +137,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         """
         if options.get("torch_dtype") not in (None, torch.float32):
             raise ValueError(
-                f"torch_dtype {options['torch_dtype']}: codes are decided in float32; load the tokenizer without it, and "
-                "encode and decode under torch.autocast"
+                f"torch_dtype {options['torch_dtype']}: codes are decided in float32; load the tokenizer without it, "
+                "and encode and decode under torch.autocast"
             )
         place = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
         if place.is_dir():
