@@ -124,7 +124,18 @@ def test_another_quantizer_is_named(ours: str, theirs: str, tmp_path: Path) -> N
         train(config)
 
 
+def test_another_epsilon_of_an_ema_codebook_is_another_codebook(tmp_path: Path) -> None:
+    source = train(tiny_config(tmp_path / "first", quantizer={"type": "ema"}))
+    settings = {"init_from": str(source), "decoder_only": True}
+    config = tiny_config(tmp_path / "second", quantizer={"type": "ema", "epsilon": 0.5}, training=settings)
+    with pytest.raises(ValueError, match=r"has another quantizer\.epsilon \(1e-05\)"):
+        train(config)
+
+
 def test_a_layout_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    source = train(tiny_config(tmp_path / "a", quantizer={"type": "gumbel"}))
+    written = {"type": "gumbel", "hidden_channels": 16}
+    train(tiny_config(tmp_path / "b", quantizer=written, training={"init_from": str(source)}))
     source = train(tiny_config(tmp_path / "first", autoencoder=TAMING | {"attention_levels": [2, 0]}))
     layout = TAMING | {"attention_levels": [0, -1]}
     train(tiny_config(tmp_path / "second", autoencoder=layout, training={"init_from": str(source)}))

@@ -268,6 +268,9 @@ def test_images_without_classes_have_no_label_and_that_is_said(
     assert "12 x 4 x 4 codes in 2 shards, without labels" in capsys.readouterr().out.replace("1 shards", "2 shards")
     assert main(command(images, f"--output={images.parent / 'more'}", "data.label_column=kind")) == 2
     assert "data.label_column kind is for data sets and betons" in capsys.readouterr().err
+    evaluation = [str(images.parent / "tokenizer"), f"data.path={images}", "data.label_column=kind", "data.workers=0"]
+    more = ["evaluation.split=train", "evaluation.metrics=[l2]", f"--output={images.parent / 'evaluated'}"]
+    assert main(["evaluate", *evaluation, *more]) == 0  # which asks for no labels
 
 
 @pytest.mark.parametrize(
@@ -318,12 +321,12 @@ def test_another_part_of_a_data_set_is_told_from_the_first(
     assert "sample_sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["true", "123", "a: b", "null", "img ", "ünï"])
+@pytest.mark.parametrize("name", ["true", "123", "a: b", "null", "img ", "ünï", "imgs\U0001f600", "a${x}b"])
 def test_the_data_may_have_any_name(name: str, images: Path, tokenizer: ImageTokenizer, tmp_path: Path) -> None:
     shutil.move(images, tmp_path / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        assert main([*command(images), f"--data={name}"]) == 0
+        assert main([*command(images), "--data", name]) == 0
     assert len(load_tokens(tmp_path / "tokens")) == 11
 
 

@@ -199,6 +199,8 @@ def test_half_precision_is_autocasts_and_not_the_weights(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^torch_dtype torch\.bfloat16: codes are decided in float32"):
         ImageTokenizer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^torch_dtype torch\.bfloat16: codes are decided in float32"):
+        ImageTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     loaded = ImageTokenizer.from_pretrained(tmp_path, torch_dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         codes = loaded.encode(images())
@@ -218,6 +220,10 @@ def test_an_empty_batch_has_no_codes_and_no_images(layout: dict[str, Any]) -> No
     tokenizer = tiny_tokenizer(QUANTIZERS["standard"], **layout)
     assert tokenizer.encode(torch.empty(0, 3, 16, 24)).shape == (0, 4, 6)
     assert tokenizer.decode(torch.empty(0, 4, 6, dtype=torch.int64)).shape == (0, 3, 16, 24)
+    assert tokenizer.decode(torch.empty(2, 0, 6, dtype=torch.int64)).shape == (2, 3, 0, 24)
+    for shape in ((0, 1, 16, 16), (0, 3, 18, 16), (0,)):
+        with pytest.raises(ValueError, match="images are"):
+            tokenizer.encode(torch.empty(shape))
 
 
 def without_quantizer(text: str) -> str:

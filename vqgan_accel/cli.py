@@ -254,7 +254,10 @@ def run_import(options: argparse.Namespace) -> None:
 
 def data_overrides(path: str | None) -> list[str]:
     """--data=PATH, whatever it is."""
-    return [] if path is None else [f"data.path={json.dumps(path)}", "data.backend=auto"]  # a name may look like YAML
+    if path is None:
+        return []
+    quoted = json.dumps(path.replace("${", r"\${"), ensure_ascii=False)  # a name may look like YAML or OmegaConf
+    return [f"data.path={quoted}", "data.backend=auto", "data.label_column=null"]  # labels are this data's own
 
 
 def run_codebook(options: argparse.Namespace) -> None:

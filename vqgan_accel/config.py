@@ -223,6 +223,12 @@ class GumbelQuantizerConfig(CodebookConfig):
     kl_cost: float = Field(0.00859375, ge=0)  # 6.6 / 768 (Ramesh et al. 2021, A.2: per pixel value, 256 px at f = 16)
     kl_warmup: DurationField = Duration(0.24, "epochs")
 
+    @model_validator(mode="after")
+    def _one_form(self) -> GumbelQuantizerConfig:
+        if self.hidden_channels == self.num_codes:  # equal layouts are to be equal
+            object.__setattr__(self, "hidden_channels", None)
+        return self
+
 
 QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | GumbelQuantizerConfig
 

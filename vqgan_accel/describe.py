@@ -17,7 +17,8 @@ from vqgan_accel.losses.perceptual import LPIPSDistance, MobileNetDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
-QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "hidden_channels")
+# An EMA codebook is its sums over its counts, smoothed by epsilon: with another epsilon, codes are others.
+QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "epsilon", "hidden_channels")
 
 
 def build_tokenizer(config: Config) -> ImageTokenizer:

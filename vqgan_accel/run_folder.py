@@ -163,8 +163,10 @@ def downloaded(name: Path) -> Path:
     """The folder in which the hub's files of that name are kept."""
     missing = f"there is no run, checkpoint or saved tokenizer at {name}"
     # Names on the hub are USER/NAME; below a folder that is here something was mistyped.
-    if name.is_absolute() or len(name.parts) != 2 or name.parent.exists():
+    if name.is_absolute() or len(name.parts) != 2:
         raise FileNotFoundError(missing)
+    if name.parent.exists():
+        raise FileNotFoundError(f"{missing} (and as the folder {name.parent} is here, the hub was not asked for it)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -22,7 +22,8 @@ class FolderSource:
     Raises FileNotFoundError for a missing folder and ValueError where there is no image in it.
     """
 
-    def __init__(self, root: Path, split: str, key: str = "data.train_split") -> None:
+    def __init__(self, root: Path, split: str, key: str = "data.train_split", label_column: str | None = None) -> None:
+        self.label_column = label_column
         self.folder = _split_folder(root, split, key)
         self.files = image_files(self.folder)
         if not self.files:
@@ -41,6 +42,11 @@ class FolderSource:
 
     def labels(self) -> Labels | None:
         """Classes are the folders below the split's, where no image lies outside of them."""
+        if self.label_column is not None:
+            raise ValueError(
+                f"data.label_column {self.label_column} is for data sets and betons; the classes of a folder of images "
+                "are its folders: set it to null"
+            )
         folders = [file.split("/")[0] if "/" in file else None for file in self.files]
         names = sorted({folder for folder in folders if folder is not None})
         if None in folders:

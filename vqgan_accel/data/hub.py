@@ -75,9 +75,14 @@ class HubSource:
         if stored is None or stored.null_count:
             if self.label_column is None:
                 return None
-            reason = f"{feature}, not class numbers" if stored is None else f"{stored.null_count} empty values"
+            if feature is None:
+                reason = "is not there"
+            elif stored is None:
+                reason = f"holds {feature}, not class numbers"
+            else:
+                reason = f"holds {stored.null_count} empty values"
             raise ValueError(
-                f"data.label_column '{column}' of {self.title} holds {reason}; its columns are {listed([*features])}"
+                f"data.label_column '{column}' of {self.title} {reason}; its columns are {listed([*features])}"
             )
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         return Labels(stored.to_numpy().astype(np.int64), names)

@@ -43,12 +43,7 @@ def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
     path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
     match backend_of(config):
         case "folder":
-            if config.label_column is not None:
-                raise ValueError(
-                    f"data.label_column {config.label_column} is for data sets and betons; the classes of a folder of "
-                    "images are its folders"
-                )
-            return FolderSource(path, split, key)
+            return FolderSource(path, split, key, config.label_column)
         case "hub":
             from vqgan_accel.data.hub import HubSource
 

@@ -4,7 +4,7 @@ DIR/data/train-00000-of-00012.parquet   one row for every view of an image
 DIR/manifest.json                       of which images and by which tokenizer; whether it is complete
 
 The layout is that of Hugging Face data sets: `datasets.load_dataset(DIR)` reads it too, but without a look at the
-manifest.
+manifest, and not where a shard has no rows, because none of its images could be read.
 """
 
 from __future__ import annotations

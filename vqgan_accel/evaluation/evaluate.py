@@ -157,8 +157,8 @@ def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overr
         config = load_config(config_file, overrides)
         if keys := layout_differences(config, tokenizer):
             raise ValueError(
-                f"{config_file} is not the config of the tokenizer that lies there, which has another "
-                f"{', '.join(keys)}; move one of them elsewhere"
+                f"{config_file} with the overrides is not the config of the tokenizer that lies there, which has "
+                f"another {', '.join(keys)}"
             )
     else:
         own = tokenizer.settings.model_dump(mode="json")

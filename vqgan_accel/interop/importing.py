@@ -16,6 +16,7 @@ from vqgan_accel.models.weights import read_safely
 from vqgan_accel.run_folder import CONFIG, DISCRIMINATOR, TOKENIZER, written_as_a_whole
 
 REQUIRED = object()
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Settings:
@@ -54,21 +55,24 @@ def read_state_dict(checkpoint: Path, *known: str) -> tuple[dict[str, Tensor], d
     """
     found = read_safely(checkpoint, "the checkpoint")
     whole = found if isinstance(found, dict) else {}
-    for place in ("ema", "state_dict", "model"):  # LlamaGen's averaged weights before the others
-        if isinstance(whole.get(place), dict) and whole[place]:
-            break
-    else:
-        whole, place = {"model": whole}, "model"  # no more than the weights
-    weights = whole[place]
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{checkpoint} has no state dict: '{name}' in it is no tensor")
-    for wrapper in ("module.", "_orig_mod."):  # of DistributedDataParallel, of torch.compile
-        if all(name.startswith(wrapper) for name in weights):
-            weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
-    if missing := [name for name in known if name not in weights]:
-        raise ValueError(f"{checkpoint} has no weights '{missing[0]}': it is another program's checkpoint")
-    return weights, whole
+    # LlamaGen's averaged weights before the others; or no more than the weights
+    candidates = [
+        tensors_by_name(part) for part in (whole.get("ema"), whole.get("state_dict"), whole.get("model"), whole)
+    ]
+    for weights in candidates:
+        if all(name in weights for name in known):
+            return weights, whole
+    missing = next(name for name in known if all(name not in weights for weights in candidates) or name == known[-1])
+    raise ValueError(f"{checkpoint} has no weights '{missing}': it is another program's checkpoint")
+
+
+def tensors_by_name(part: object) -> dict[str, Tensor]:
+    """What of a checkpoint's part is weights, without the prefixes of DistributedDataParallel and torch.compile."""
+    items = part.items() if isinstance(part, dict) else ()
+    weights = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    while weights and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in weights)), None)):
+        weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def numbers(values: Any) -> list[float]:

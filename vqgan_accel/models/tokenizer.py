@@ -86,10 +86,13 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
 
     def latents(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the encoder's output (B, input_channels, h, w)"""
+        self.require_images(images)
+        return self.encoder((images - self.pixel_mean) / self.pixel_std)
+
+    def require_images(self, images: Tensor) -> None:
         stride = self.stride
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(f"images are (B, 3, H, W) with H and W multiples of {stride}, not {tuple(images.shape)}")
-        return self.encoder((images - self.pixel_mean) / self.pixel_std)
 
     def last_layer(self, features: Tensor) -> Tensor:
         """(B, channels, H, W) -> pixels (B, 3, H, W) where [-1, 1] is the displayable range, float32"""
@@ -108,9 +111,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64; B may be 0"""
-        if not len(images):  # diffusers' attention knows no empty batch
+        self.require_images(images)
+        if not images.numel():  # diffusers' attention knows no empty batch
             sides = [side // self.stride for side in images.shape[2:]]
-            return torch.empty(0, *sides, dtype=torch.int64, device=images.device)
+            return torch.empty(len(images), *sides, dtype=torch.int64, device=images.device)
         return self.quantizer.choose(self.latents(images))
 
     @torch.no_grad()
@@ -123,8 +127,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
             raise ValueError(f"codes are int64 of shape (B, h, w), not {codes.dtype} of shape {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.quantizer.num_codes:
             raise ValueError(f"codes lie in [0, {self.quantizer.num_codes}), not in [{codes.min()}, {codes.max()}]")
-        if not len(codes):
-            return torch.empty(0, 3, *(side * self.stride for side in codes.shape[1:]), device=codes.device)
+        if not codes.numel():
+            return torch.empty(len(codes), 3, *(side * self.stride for side in codes.shape[1:]), device=codes.device)
         pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
         return self.to_public_range(pixels).clamp(-1, 1)
 
@@ -135,11 +139,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         options: diffusers' own, such as revision, subfolder, cache_dir, token. FileNotFoundError or ValueError says
         what is wrong; unlike diffusers, which fills the gaps at random, weights that do not fit are an error.
         """
-        if options.get("torch_dtype") not in (None, torch.float32):
-            raise ValueError(
-                f"torch_dtype {options['torch_dtype']}: codes are decided in float32; load the tokenizer without it, "
-                "and encode and decode under torch.autocast"
-            )
+        for dtype in (options.get("torch_dtype"), options.get("dtype")):  # diffusers knows both names
+            if dtype not in (None, torch.float32):
+                raise ValueError(
+                    f"torch_dtype {dtype}: codes are decided in float32; load the tokenizer without it, "
+                    "and encode and decode under torch.autocast"
+                )
         place = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
         if place.is_dir():
             _check_folder(place)
