@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqgan_accel.config import load_config
-from vqgan_accel.describe import build_discriminator, build_tokenizer, perceptual_shell
+from vqgan_accel.losses.perceptual import perceptual_shell
+from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 IMAGES_PER_GPU = 32

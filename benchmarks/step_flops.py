@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vqgan_accel.config import Config, load_config
-from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, perceptual_shell
+from vqgan_accel.describe import describe
+from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
+from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.quantizers import StandardQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.training.steps import discriminator_backward, generator_backward

@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from vqgan_accel.config import Config, DiscriminatorConfig, load_config
-from vqgan_accel.describe import build_discriminator, build_tokenizer, perceptual_shell
+from vqgan_accel.losses.perceptual import perceptual_shell
+from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.quantizers import QuantizerOutput, StandardQuantizer
 from vqgan_accel.models.tokenizer import TokenizerOutput
 from vqgan_accel.training.steps import discriminator_backward, generator_backward

@@ -5,53 +5,24 @@ device, so describing a large recipe takes no memory.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan_accel.config import Config
-from vqgan_accel.losses.perceptual import LPIPSDistance, MobileNetDistance
-from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
-from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.config import Config, LossConfig
+from vqgan_accel.models.networks import build_autoencoder, build_discriminator
+from vqgan_accel.models.quantizers import build_quantizer
 
-# An EMA codebook is its sums over its counts, smoothed by epsilon: with another epsilon, codes are others.
-QUANTIZER_LAYOUT = ("type", "num_codes", "embedding_dim", "l2_normalize", "epsilon", "hidden_channels")
-
-
-def build_tokenizer(config: Config) -> ImageTokenizer:
-    return ImageTokenizer(
-        config.autoencoder.model_dump(mode="json"), config.quantizer.model_dump(mode="json"), config.data.image_size
-    )
+# FLOP that the perceptual networks take to compare two images, for each pixel of one of them, at 256 px. (Building them
+# would take longer than all else here. LPIPS of AlexNet and SqueezeNet, which pad less, takes up to a tenth less from
+# 128 px on; the other two scale with the pixels.)
+PERCEPTUAL_FLOP = {"lpips_vgg": 1_223_668, "lpips_alex": 53_029, "lpips_squeeze": 21_240, "mobilenet_v2": 22_275.5}
 
 
-def layout_differences(config: Config, saved: ImageTokenizer) -> list[str]:
-    """The keys that keep a saved tokenizer's weights from meaning the same in this config, with its own values. (Costs
-    and schedules may differ.)"""
-    layout, codes = saved.settings.autoencoder_config, saved.settings.quantizer_config
-    sections = (
-        ("autoencoder", config.autoencoder, layout, type(layout).model_fields),
-        ("quantizer", config.quantizer, codes, QUANTIZER_LAYOUT),
-    )
-    return [
-        f"{section}.{name} ({getattr(theirs, name)})"
-        for section, ours, theirs, names in sections
-        for name in names
-        if hasattr(theirs, name) and getattr(ours, name, None) != getattr(theirs, name)
-    ]
-
-
-def build_discriminator(config: Config) -> StyleGAN2Discriminator | None:
-    d = config.discriminator
-    if d is None:
-        return None
-    return StyleGAN2Discriminator(config.data.image_size, d.channel_base, d.channel_max, d.minibatch_stddev_group)
-
-
-def trainable_parameters(module: nn.Module | None) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
+def trainable_parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
 def latent_summary(config: Config) -> dict[str, Any]:
@@ -70,47 +41,40 @@ def describe(config: Config) -> dict[str, Any]:
 
     The perceptual network's figure is of one comparison: two images through it.
     """
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # LPIPS reads its linear heads
-        tokenizer, discriminator = build_tokenizer(config), build_discriminator(config)
+    codes, summary = config.quantizer, latent_summary(config)
+    with torch.device("meta"):
+        quantizer, discriminator = build_quantizer(codes), build_discriminator(config)
+        encoder, decoder = build_autoencoder(config.autoencoder, quantizer.input_channels, codes.embedding_dim)
         image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
-        tokens = torch.empty(1, config.quantizer.embedding_dim, *latent_summary(config)["latent_grid"])
-        perceptual = perceptual_shell(config)
-    parameters = {"tokenizer": trainable_parameters(tokenizer), "discriminator": trainable_parameters(discriminator)}
+        tokens = torch.empty(1, codes.embedding_dim, *summary["latent_grid"])
+    parameters = {
+        "tokenizer": trainable_parameters(encoder, quantizer, decoder),
+        "discriminator": trainable_parameters(*([discriminator] if discriminator else [])),
+    }
     gflop = {
-        "encoder": _gflop(tokenizer.encoder, image),
-        "decoder": _gflop(tokenizer.decoder, tokens),
-        "discriminator": _gflop(discriminator, image) if discriminator else 0.0,
-        "perceptual": _gflop(perceptual.to("meta"), image, image) if perceptual else 0.0,
+        "encoder": count_flop(encoder, image) / 1e9,
+        "decoder": count_flop(decoder, tokens) / 1e9,
+        "discriminator": count_flop(discriminator, image) / 1e9 if discriminator else 0.0,
+        "perceptual": perceptual_flop(config.losses, config.data.image_size) / 1e9,
     }
     return {
         "image_size": config.data.image_size,
-        **latent_summary(config),
-        "quantizer": config.quantizer.type,
+        **summary,
+        "quantizer": codes.type,
         "parameters": parameters | {"total_trainable": sum(parameters.values())},
         "gflop_per_image": gflop,
     }
 
 
-def perceptual_shell(config: Config) -> nn.Module | None:
-    """The perceptual network without its weights."""
-    if config.losses.perceptual_weight == 0:
-        return None
-    match config.losses.perceptual_network:
-        case "mobilenet_v2":
-            return MobileNetDistance()
-        case "lpips_vgg":
-            return LPIPSDistance("vgg")
-        case "lpips_alex":
-            return LPIPSDistance("alex")
-        case "lpips_squeeze":
-            return LPIPSDistance("squeeze")
+def perceptual_flop(config: LossConfig, image_size: int) -> float:
+    return PERCEPTUAL_FLOP[config.perceptual_network] * image_size**2 if config.perceptual_weight else 0.0
 
 
-def _gflop(module: nn.Module, *inputs: Tensor) -> float:
+def count_flop(module: nn.Module, images: Tensor) -> int:
+    """Of a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
-    return counter.get_total_flops() / 1e9
+        module(images)
+    return counter.get_total_flops()
 
 
 def description_lines(summary: dict[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from vqgan_accel.config import WeightFiles
-from vqgan_accel.models.weights import PUBLISHED
+from vqgan_accel.extras import EXTRAS
+from vqgan_accel.models.weights import published
 
 CORE = (
     "numpy",
@@ -28,11 +29,6 @@ CORE = (
     "pydantic",
     "omegaconf",
 )
-EXTRAS = {  # package -> (extra, what it enables)
-    "wandb": ("wandb", "tracking.trackers=[wandb]"),
-    "tensorboard": ("tensorboard", "tracking.trackers=[tensorboard]"),
-    "ffcv": ("ffcv", "data.backend=ffcv, once its system packages are there: bash launch/install_ffcv.sh VENV"),
-}
 USES = {
     "vgg16": "lpips_vgg and LPIPS in the evaluation",
     "alexnet": "lpips_alex",
@@ -83,8 +79,8 @@ def _bf16() -> str:
 def _weights(name: str, file: str | None, use: str) -> str:
     if file is not None:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
-    published = Path(URL_INCEPTION_V3 if name == "inception" else PUBLISHED[name].url).name
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / published
+    name_there = Path(URL_INCEPTION_V3 if name == "inception" else published(name).url).name
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name_there
     if cached.is_file():
         return f"cached in {cached}"
     return f"not here: downloaded at first use, or give weights.{name}=FILE; enables {use}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +9,7 @@ from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
+from vqgan_accel.extras import is_installed
 
 if TYPE_CHECKING:
     from vqgan_accel.data.stream import StreamSource
@@ -59,7 +59,7 @@ def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
         return config.backend
     path = Path(str(config.path)).expanduser()
     if path.is_dir() and any(path.glob("*.beton")):
-        return "ffcv" if importlib.util.find_spec("ffcv") else "beton"
+        return "ffcv" if is_installed("ffcv") else "beton"
     return "folder" if path.is_dir() and not is_stored_dataset(path) else "hub"
 
 

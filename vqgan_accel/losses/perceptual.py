@@ -8,16 +8,13 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-import lpips
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import mobilenet_v2
 
-from vqgan_accel.config import LossConfig, WeightFiles
+from vqgan_accel.config import Config, LossConfig, WeightFiles
 from vqgan_accel.models.precision import without_autocast
-from vqgan_accel.models.tokenizer import IMAGENET_MEAN, IMAGENET_STD
-from vqgan_accel.models.weights import FixedModule, fit_state, freeze, load_published
+from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD, FixedModule, fit_state, freeze, load_published
 
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}  # lpips' name -> ours and torchvision's
 MOBILENET_TAPS = (1, 3, 6, 13, 17)  # the last block at each of MobileNetV2's five resolutions
@@ -38,6 +35,21 @@ def build_perceptual(config: LossConfig, weights: WeightFiles) -> nn.Module | No
             return load_lpips("squeeze", weights)
 
 
+def perceptual_shell(config: Config) -> nn.Module | None:
+    """The same network without its weights, to count or to time."""
+    if config.losses.perceptual_weight == 0:
+        return None
+    match config.losses.perceptual_network:
+        case "mobilenet_v2":
+            return MobileNetDistance()
+        case "lpips_vgg":
+            return LPIPSDistance("vgg")
+        case "lpips_alex":
+            return LPIPSDistance("alex")
+        case "lpips_squeeze":
+            return LPIPSDistance("squeeze")
+
+
 def load_lpips(network: Literal["vgg", "alex", "squeeze"], weights: WeightFiles) -> LPIPSDistance:
     """LPIPS v0.1 with its learnt linear heads (in the package) and an ImageNet backbone (downloaded, or the named
     file)."""
@@ -53,9 +65,12 @@ class LPIPSDistance(FixedModule):
 
     def __init__(self, network: Literal["vgg", "alex", "squeeze"]) -> None:
         super().__init__()
+        import lpips  # with torchvision, seconds: only where it is used
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(pretrained|weights).*", category=UserWarning)
             self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        self.normalize = lpips.normalize_tensor
         freeze(self)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -64,7 +79,7 @@ class LPIPSDistance(FixedModule):
         distance = torch.zeros(len(images), device=images.device)
         with without_autocast(images):  # the package's own sum, but float32 from the features on
             for head, x, y in zip(network.lins, a, b, strict=True):
-                difference = lpips.normalize_tensor(x.float()) - lpips.normalize_tensor(y.float())
+                difference = self.normalize(x.float()) - self.normalize(y.float())
                 distance = distance + head(difference.square()).mean((1, 2, 3))
         return distance
 
@@ -88,6 +103,8 @@ class MobileNetFeatures(FixedModule):
 
     def __init__(self) -> None:
         super().__init__()
+        from torchvision.models import mobilenet_v2
+
         self.features = mobilenet_v2(weights=None).features
         self.register_buffer("mean", 2 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1) - 1, persistent=False)
         self.register_buffer("std", 2 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -15,14 +15,15 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, TamingConfig, sentences
-from vqgan_accel.models.autoencoder import Decoder, Encoder
+from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, sentences
+from vqgan_accel.models.networks import build_autoencoder
 from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
-from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
-from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
+from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
+from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN, find_tokenizer
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
-IMAGENET_STD = (0.229, 0.224, 0.225)
+if TYPE_CHECKING:
+    from vqgan_accel.models.autoencoder import Decoder, Encoder
+    from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
 
 
 class TokenizerOutput(NamedTuple):
@@ -47,6 +48,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     A model of diffusers' kind: `from_pretrained` takes a folder or a name on the Hugging Face hub, `push_to_hub` and
     `save_pretrained` are diffusers' own. The arguments are the fields of TokenizerConfig as plain values; ValueError
     where they are none.
+
+    >>> tokenizer = ImageTokenizer.from_pretrained("runs/first")
+    >>> images = tokenizer.decode(tokenizer.encode(images))  # float32 in [-1, 1], both
     """
 
     pixel_mean: Tensor  # (3, 1, 1) of pixels in [-1, 1]
@@ -67,12 +71,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         )
         layout, codes = self.settings.autoencoder_config, self.settings.quantizer_config
         self.quantizer = build_quantizer(codes)
-        if isinstance(layout, TamingConfig):
-            self.encoder = TamingEncoder(layout, self.quantizer.input_channels)
-            self.decoder = TamingDecoder(layout, codes.embedding_dim)
-        else:
-            self.encoder = Encoder(layout, self.quantizer.input_channels)
-            self.decoder = Decoder(layout, codes.embedding_dim)
+        self.encoder, self.decoder = build_autoencoder(layout, self.quantizer.input_channels, codes.embedding_dim)
         mean, std = torch.zeros(3), torch.ones(3)
         if isinstance(layout, MaskGITConfig) and layout.pixel_statistics == "imagenet":
             mean, std = 2 * torch.tensor(IMAGENET_MEAN) - 1, 2 * torch.tensor(IMAGENET_STD)
@@ -134,10 +133,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **options: Any) -> Self:
-        """Read what `save_pretrained` wrote or `push_to_hub` uploaded, in eval mode on the CPU.
+        """Read a tokenizer, in eval mode on the CPU.
 
-        options: diffusers' own, such as revision, subfolder, cache_dir, token. FileNotFoundError or ValueError says
-        what is wrong; unlike diffusers, which fills the gaps at random, weights that do not fit are an error.
+        pretrained_model_name_or_path: as `load_tokenizer` takes it: a run, a checkpoint, an import's folder, what
+        `save_pretrained` wrote, or a name on the hub. options: diffusers' own, such as revision, subfolder, cache_dir,
+        token. FileNotFoundError or ValueError says what is wrong; unlike diffusers, which fills the gaps at random,
+        weights that do not fit are an error.
+
+        >>> ImageTokenizer.from_pretrained("runs/first").decode(torch.zeros(1, 4, 4, dtype=torch.int64)).shape
+        torch.Size([1, 3, 16, 16])
         """
         for dtype in (options.get("torch_dtype"), options.get("dtype")):  # diffusers knows both names
             if dtype not in (None, torch.float32):
@@ -147,7 +151,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
                 )
         place = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
         if place.is_dir():
+            place, _ = find_tokenizer(place)
             _check_folder(place)
+            pretrained_model_name_or_path, options = place, options | {"subfolder": None}
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -167,6 +173,20 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
                 f"{place / SAFETENSORS_WEIGHTS_NAME} does not fit its {TOKENIZER_CONFIG}: one of them has {wrong[:3]}"
             )
         return tokenizer
+
+
+def load_tokenizer(model: str | os.PathLike) -> ImageTokenizer:
+    """The tokenizer of a run (its newest checkpoint), a checkpoint, an import's folder, a folder of `save_pretrained`,
+    or USER/NAME on the Hugging Face hub, whose files are downloaded once; in eval mode on the CPU, float32.
+
+    Of a run or a checkpoint the averaged weights are taken where it has them. FileNotFoundError where there is none,
+    ValueError where its files are damaged or do not fit each other.
+
+    >>> tokenizer = load_tokenizer("runs/first")
+    >>> codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> (B, h, w) int64
+    """
+    folder, _ = find_tokenizer(Path(model))
+    return ImageTokenizer.from_pretrained(folder)
 
 
 def _check_folder(folder: Path) -> None:

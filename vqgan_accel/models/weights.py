@@ -5,27 +5,37 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.error import URLError
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models as tv
-from torchvision.models import WeightsEnum
 
-PUBLISHED: dict[str, WeightsEnum] = {
-    "vgg16": tv.VGG16_Weights.IMAGENET1K_V1,
-    "alexnet": tv.AlexNet_Weights.IMAGENET1K_V1,
-    "squeezenet": tv.SqueezeNet1_1_Weights.IMAGENET1K_V1,
-    "mobilenet_v2": tv.MobileNet_V2_Weights.IMAGENET1K_V1,
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+PUBLISHED = {  # our name -> torchvision's, of its ImageNet weights
+    "vgg16": "VGG16_Weights.IMAGENET1K_V1",
+    "alexnet": "AlexNet_Weights.IMAGENET1K_V1",
+    "squeezenet": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
 }
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # Checkpoints of Lightning before 1.5, taming-transformers' published ones among them, have this class as a dict's key.
 IGNORED_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class Ignored:
     """What is read in its place: neither needed nor imported."""
+
+
+def published(name: str) -> WeightsEnum:
+    """torchvision's entry of `name`, a key of PUBLISHED: where its weights are downloaded from."""
+    from torchvision.models import get_weight  # takes seconds, and not every command needs such a network
+
+    return get_weight(PUBLISHED[name])
 
 
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
@@ -35,11 +45,12 @@ def load_published(name: str, file: str | None) -> dict[str, Tensor]:
     """
     if file is not None:
         return load_state(Path(file), f"weights.{name}")
+    weights = published(name)
     try:
-        return dict(PUBLISHED[name].get_state_dict(progress=False, check_hash=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"the ImageNet weights of {name} could not be downloaded from {PUBLISHED[name].url} ({error}); "
+            f"the ImageNet weights of {name} could not be downloaded from {weights.url} ({error}); "
             f"fetch that file elsewhere and give its path as weights.{name}=FILE, or choose losses and "
             "metrics without it"
         ) from None

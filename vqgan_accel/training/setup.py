@@ -20,10 +20,11 @@ from vqgan_accel.config import Config, flat_config, load_config, save_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
 from vqgan_accel.data.opening import backend_of, count_images, open_source, require_reader
 from vqgan_accel.data.order import TrainingOrder
-from vqgan_accel.describe import build_discriminator, build_tokenizer, describe, description_lines
+from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
+from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
 from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name, step_of
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream

@@ -3,7 +3,6 @@ bar."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import secrets
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from vqgan_accel.config import Config, TrackingConfig, flat_config
 from vqgan_accel.distributed import decided_by_main
+from vqgan_accel.extras import EXTRAS, is_installed
 from vqgan_accel.run_folder import METRICS, WANDB_ID, naming, sync, write_atomically
 
 
@@ -120,10 +120,10 @@ def wandb_id(run: Path) -> str:
 def check_trackers(config: TrackingConfig) -> None:
     """ValueError where a tracker's package is not installed."""
     for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise ValueError(
                 f"tracking.trackers asks for {name}, which is not installed: pip install "
-                f"'vqgan_accel[{name}]', or remove it"
+                f"'vqgan_accel[{EXTRAS[name][0]}]', or remove it"
             )
 
 
