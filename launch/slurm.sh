@@ -1,6 +1,7 @@
 #!/bin/bash
-# Train on N SLURM nodes of 8 GPUs, one task each. From the repository's folder:
+# Train on N SLURM nodes of 8 GPUs, one task each:
 #   sbatch --nodes=2 launch/slurm.sh CONFIG [key=value ...]
+# CONFIG is a recipe's name or a YAML file; paths are from the folder in which sbatch is called.
 # Before the time limit every process finishes its step and saves, and the job is requeued. A job that SLURM requeues
 # (preemption, a failed node, `scontrol requeue JOB`) goes on from its newest checkpoint too, for --resume is always
 # passed; a first start has no checkpoint and begins at step 0.
@@ -25,12 +26,8 @@ if [[ $# -lt 1 ]]; then
     exit 2
 fi
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" # SLURM runs a copy of this script from elsewhere
-if [[ ! -f train.py ]]; then
-    echo "there is no train.py in $SLURM_SUBMIT_DIR: submit from the repository's folder" >&2
-    exit 2
-fi
 
-# Edit: `python` must be the environment's on every node, for example
+# Edit: `python` must be that of the environment in which vqgan_accel is installed, on every node, for example
 # source .venv/bin/activate
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # a name, if every node can resolve it
@@ -42,7 +39,7 @@ export MASTER_ADDR MASTER_PORT ACCELERATE_MIXED_PRECISION=bf16 OMP_NUM_THREADS=1
 status=0
 # shellcheck disable=SC2016
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 \
-    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python train.py "$@"' \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python -m vqgan_accel train "$@"' \
     train "$@" --resume || status=$?
 
 # 75: the processes were signalled, have saved, and want to go on. (scancel ends this script too, before it comes here.)

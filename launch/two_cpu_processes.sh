@@ -9,9 +9,8 @@ if [[ $# -lt 1 ]]; then
     echo "usage: $0 CONFIG [key=value ...] [--resume]" >&2
     exit 2
 fi
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}" # threads per process
 export ACCELERATE_USE_CPU=true                                     # also where there is a GPU
 # standalone: a free port, so that two such runs can go on side by side
-exec torchrun --standalone --nproc_per_node 2 "$repository/train.py" "$@"
+exec torchrun --standalone --nproc_per_node 2 -m vqgan_accel train "$@"

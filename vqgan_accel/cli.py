@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `vqgan-accel` command; train.py and evaluate.py call it too."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqgan_accel import __version__
 from vqgan_accel.interruption import EXIT_INTERRUPTED, TrainingInterruptedError
 
 USER_ERRORS = (
@@ -23,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 after an error told in one sentence (`--debug` shows its traceback); 75
     (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants to know what could follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional after an option; overrides may stand anywhere
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
@@ -64,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vqgan-accel", allow_abbrev=False, description="Train and evaluate image tokenizers (VQ-VAE, VQ-GAN)."
     )
+    parser.add_argument("--version", action="version", version=f"vqgan_accel {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, summary: str, run: object) -> argparse.ArgumentParser:
@@ -72,37 +79,38 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    overrides = {
-        "nargs": "*",
-        "default": [],
-        "metavar": "key=value",
-        "help": "such as training.max_steps=200 data.path=FOLDER",
-    }
+    def take_overrides(
+        command: argparse.ArgumentParser, example: str = "training.max_steps=200 data.path=FOLDER"
+    ) -> None:
+        taken = command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"such as {example}")
+        taken.completer = complete_override  # type: ignore[attr-defined]  # argcomplete looks for it
+
+    def take_config(command: argparse.ArgumentParser) -> None:
+        taken = command.add_argument("config", type=Path, help="YAML file, or a recipe's name: `vqgan-accel recipes`")
+        taken.completer = complete_config  # type: ignore[attr-defined]
+        take_overrides(command)
 
     train = add("train", "Train a tokenizer; also under accelerate launch or torchrun.", run_train)
-    train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    take_config(train)
     train.add_argument("--resume", action="store_true", help="go on from output_dir's newest checkpoint, if it has one")
 
     evaluate = add(
         "evaluate", "Measure a tokenizer on a split; also under accelerate launch or torchrun.", run_evaluate
     )
     evaluate.add_argument("path", type=Path, help=TOKENIZER_PATH)
-    evaluate.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    take_overrides(evaluate)
     evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")
 
     describe = add("describe", "Parameters, latent grid, bits per pixel and GFLOP of a config.", run_describe)
-    describe.add_argument("config", type=Path, help="YAML file")
-    describe.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    take_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
 
     data_info = add("data-info", "What a config's data set holds: sizes, broken images, decode rates.", run_data_info)
-    data_info.add_argument("config", type=Path, help="YAML file")
-    data_info.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    take_config(data_info)
     data_info.add_argument("--output", type=Path, default=Path("data_info"), help="folder for the contact sheets")
 
     make_beton = add("make-beton", "Write a data set as FFCV's beton files.", run_make_beton)
-    make_beton.add_argument("overrides", **{**overrides, "help": "such as data.train_split=train[:90%%]"})  # type: ignore[arg-type]
+    take_overrides(make_beton, "data.train_split=train[:90%%]")
     make_beton.add_argument("--source", required=True, help="what data.path may be: a folder, a data set, a hub name")
     make_beton.add_argument("--output", type=Path, required=True, help="folder for train.beton, validation.beton, ...")
     make_beton.add_argument(
@@ -140,13 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     codes = add("codebook", "Where a tokenizer's codes lie, and which of them a split uses: pictures.", run_codebook)
     codes.add_argument("path", type=Path, help=TOKENIZER_PATH)
-    codes.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    take_overrides(codes)
     codes.add_argument("--data", metavar="PATH", help="what data.path may be (default: the run's own)")
     codes.add_argument("--output", type=Path, required=True, help="folder for the pictures and a table")
 
     tokens = add("tokenize", "The codes of a data set, as parquet; also under accelerate launch.", run_tokenize)
     tokens.add_argument("path", type=Path, help=TOKENIZER_PATH)
-    tokens.add_argument("overrides", **{**overrides, "help": "such as data.workers=8 evaluation.batch_size=64"})  # type: ignore[arg-type]
+    take_overrides(tokens, "data.workers=8 evaluation.batch_size=64")
     tokens.add_argument("--data", metavar="PATH", help="what data.path may be (default: the run's own)")
     tokens.add_argument("--split", choices=("train", "validation", "test"), default="train", help="default: train")
     tokens.add_argument(
@@ -169,9 +177,35 @@ def build_parser() -> argparse.ArgumentParser:
     exports.add_argument("--push", metavar="USER/NAME", help="hub: upload it there, too")
     exports.add_argument("--private", action="store_true", help="with --push: a repository that is new is private")
 
+    add("recipes", "The recipes that come with vqgan_accel, a line each.", run_recipes)
+
+    launch_files = add(
+        "launch-files", "Copy accelerate's config files and the scripts for clusters to a folder.", run_launch_files
+    )
+    launch_files.add_argument("folder", type=Path, help="folder for them; nothing there is overwritten")
+
     doctor = add("doctor", "Versions, devices, and what is missing here and what it would enable.", run_doctor)
-    doctor.add_argument("config", type=Path, nargs="?", help="YAML file whose weights.* settings to check")
+    doctor.add_argument("config", type=Path, nargs="?", help="YAML file or recipe whose weights.* settings to check")
     return parser
+
+
+def complete_config(prefix: str, **_: object) -> list[str]:
+    """Recipes and YAML files that begin so."""
+    import glob
+
+    from vqgan_accel.recipes import recipes
+
+    found = [*glob.glob(f"{glob.escape(prefix)}*.yaml"), *glob.glob(f"{glob.escape(prefix)}*/")]
+    return found + [name for name in recipes() if name.startswith(prefix)]
+
+
+def complete_override(prefix: str, **_: object) -> list[str]:
+    """Config keys that begin so, with their equals sign."""
+    from vqgan_accel.config import config_keys
+
+    keys = config_keys()
+    sections = {key.rpartition(".")[0] for key in keys}
+    return [f"{key}=" for key in keys if key.startswith(prefix) and key not in sections]
 
 
 # The commands import what they need when they run: `--help` and a misspelt option answer at once.
@@ -203,6 +237,20 @@ def run_describe(options: argparse.Namespace) -> None:
 
     summary = describe(load_config(options.config, options.overrides))
     print(json.dumps(summary, indent=2) if options.json else "\n".join(description_lines(summary)))
+
+
+def run_recipes(options: argparse.Namespace) -> None:
+    from vqgan_accel.recipes import recipes, summary
+
+    found = recipes()
+    width = max(map(len, found), default=0)
+    print("\n".join(f"{name:<{width}}  {summary(file)}" for name, file in found.items()))
+
+
+def run_launch_files(options: argparse.Namespace) -> None:
+    from vqgan_accel.recipes import copy_launch_files
+
+    print("\n".join(map(str, copy_launch_files(options.folder))))
 
 
 def run_data_info(options: argparse.Namespace) -> None:

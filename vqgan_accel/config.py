@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from vqgan_accel.recipes import recipes
 from vqgan_accel.run_folder import write_atomically
 
 GROUP_NORM_GROUPS = 32
@@ -408,14 +409,17 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate.
+    """Read a YAML file, or a recipe by its name (`vqgan-accel recipes` lists them), apply `section.key=value`
+    overrides, validate.
 
     Raises FileNotFoundError for a missing file and ValueError, naming each wrong key and what would be right,
     otherwise.
+
+    >>> config = load_config("demo", ["data.path=photographs", "training.max_steps=500"])
+    >>> config.quantizer.num_codes, str(config.training.validate_every)
+    (256, '135 steps')
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no config file at {path}{_yaml_neighbours(path)}")
+    path = config_file(Path(path))
     try:
         values = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -535,9 +539,19 @@ def _suggestion(key: str) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; see the fields in {Path(__file__).name}"
 
 
-def _yaml_neighbours(path: Path) -> str:
-    found = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
-    return f"; did you mean {path.parent / found[0]}?" if found else ""
+def config_file(path: Path) -> Path:
+    """The file itself, or that of the recipe of this name. FileNotFoundError says what there is instead."""
+    if path.is_file():
+        return path
+    known = recipes()
+    if path.as_posix() in known:
+        return known[path.as_posix()]
+    files = {file.name: file for file in path.parent.glob("*.yaml")}
+    near = [str(files[name]) for name in difflib.get_close_matches(path.name, files, n=1)]
+    near += difflib.get_close_matches(path.with_suffix("").as_posix(), known, n=1)
+    near += [name for name in known if Path(name).name == path.stem]
+    hint = f"; did you mean {near[0]}?" if near else ", nor a recipe of this name; `vqgan-accel recipes` lists them"
+    raise FileNotFoundError(f"no config file at {path}{hint}")
 
 
 def batch_scale(training: TrainingConfig) -> float:

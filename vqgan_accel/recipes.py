@@ -6,6 +6,7 @@ what they lead to, so there is one place where each is written.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def summary(recipe: Path) -> str:
     """The first sentence of the comment at its top, without the recipe's own name."""
     lines = recipe.read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in lines[:6] if line.startswith("#"))
-    return comment.removeprefix(f"{recipe.stem}: ").split(". ")[0].rstrip(".")
+    return re.split(r"\.(?= [A-Z]|$)", comment.removeprefix(f"{recipe.stem}: "))[0]
 
 
 def copy_launch_files(folder: Path) -> list[Path]:
