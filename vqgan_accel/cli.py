@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vqgan_accel import __version__
 from vqgan_accel.interruption import EXIT_INTERRUPTED, TrainingInterruptedError
+from vqgan_accel.run_folder import FolderHeldError
 
 USER_ERRORS = (
     ValueError,
@@ -23,7 +24,8 @@ TOKENIZER_PATH = "a run, a checkpoint, an import, a folder of save_pretrained, o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 after an error told in one sentence (`--debug` shows its traceback); 75
-    (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume."""
+    (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume, or could not go on yet, because
+    another process still holds the run's folder."""
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants to know what could follow
         import argcomplete
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")
         where = f" (process {rank})" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
-        return 2
+        # a requeued job whose former self is still at work: not an end, but a reason to start again later
+        return EXIT_INTERRUPTED if isinstance(error, FolderHeldError) and getattr(options, "resume", False) else 2
     except TrainingInterruptedError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
@@ -107,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     data_info = add("data-info", "What a config's data set holds: sizes, broken images, decode rates.", run_data_info)
     take_config(data_info)
+    data_info.add_argument("--hash", action="store_true", help="also a hash of all bytes, for data.expected_hash")
     data_info.add_argument("--output", type=Path, default=Path("data_info"), help="folder for the contact sheets")
 
     make_beton = add("make-beton", "Write a data set as FFCV's beton files.", run_make_beton)
@@ -257,7 +261,8 @@ def run_data_info(options: argparse.Namespace) -> None:
     from vqgan_accel.config import load_config
     from vqgan_accel.data.info import data_info
 
-    print("\n".join(data_info(load_config(options.config, options.overrides).data, options.output)))
+    config = load_config(options.config, options.overrides)
+    print("\n".join(data_info(config.data, options.output, options.hash)))
 
 
 def run_make_beton(options: argparse.Namespace) -> None:

@@ -86,6 +86,8 @@ class DataConfig(Section):
     train_split: str = "train"  # folder: PATH/train; ffcv, beton: PATH/train.beton; hub: the split's name
     validation_split: str = "validation"
     test_split: str = "test"
+    expected_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of the training images' content, as
+    # `vqgan-accel data-info CONFIG --hash` prints it: a run reads them all before its first step and refuses others
     image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size
     crop_scale: Annotated[tuple[float, float], Field(strict=False)] | None = (0.7, 1.0)  # training: area of the random
     # square crop over the image's area, drawn as RandomResizedCrop(ratio=1) does; null: short side resized, centre crop
@@ -101,6 +103,8 @@ class DataConfig(Section):
             )
         if self.streaming and self.backend not in ("hub", "auto"):
             raise ValueError(f"streaming is for backend hub, not for {self.backend}; set streaming=false")
+        if self.streaming and self.expected_hash:
+            raise ValueError("expected_hash means reading all images before the first step; set streaming=false")
         return self
 
 

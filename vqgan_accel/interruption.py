@@ -6,6 +6,7 @@ SIGTERM (preemption, torchrun, a service manager), SIGINT (Ctrl-C), SIGUSR1 (SLU
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: start the same command again with --resume
+DATA_WORKERS = "fork"  # how they are started: from Python 3.14 on the default is another, under which their parent is
+# not the training process, whose signals and whose end they must know
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST = 1.0  # seconds in which repeated signals are one request: launchers pass on what a process got already
 
@@ -80,11 +84,12 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 def shield_data_worker(worker: int) -> None:
     """A DataLoader's worker_init_fn: the training process needs its workers until the step is done, so they obey
-    nobody else. (torch ends those whose parent is gone.)
+    nobody else, and end when it is gone, however it went. (torch looks for that every 5 s.)
 
     Ctrl-C and torchrun signal the whole process group, SLURM every process of the job.
     """
     os.setpgrp()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.set_wakeup_fd(-1)  # the parent's: a worker's signals are not its own
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+ASK_AGAIN = 1.0  # seconds between two tries to get it
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
@@ -113,20 +115,32 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(run: Path) -> IO[str]:
+class FolderHeldError(ValueError):
+    """Another process is at work in the folder."""
+
+
+def lock(run: Path, patience: float = 0.0) -> IO[str]:
     """Keep other processes from working in the same folder until the file is closed or this process ends.
 
-    ValueError where another one does. (POSIX locks, which work over NFS and are not inherited by data workers.)
+    FolderHeldError where another one does, still after `patience` seconds. (POSIX locks, which work over NFS and are
+    not inherited by data workers.)
     """
     file = (run / LOCK).open("a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(f"another process is at work in {run}; wait for its end, or give another folder") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() < end:
+                time.sleep(ASK_AGAIN)
+                continue
+            file.close()
+            raise FolderHeldError(
+                f"another process is at work in {run}; wait for its end, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -132,12 +132,12 @@ class BetonSource:
         inside = self.pointers[places] + self.sizes[places] <= len(self.content)
         return fits & inside & (self.pointers[places] == rows["pointer"]) & (raw_bytes > 0)
 
+    def stored(self, index: int) -> bytes:
+        return self.rows[index].tobytes() + self._data(index).tobytes()
+
     def open(self, index: int) -> Image.Image:
-        mode, width, height, pointer = (int(value) for value in self.rows[index])
-        place = int(np.searchsorted(self.pointers, pointer))
-        if place == len(self.pointers) or self.pointers[place] != pointer:
-            raise ValueError(f"its data is not in the beton: nothing was allocated at {pointer}")
-        data = self.content[pointer : pointer + int(self.sizes[place])]
+        mode, width, height, _ = (int(value) for value in self.rows[index])
+        data = self._data(index)
         if mode == JPG:
             image = decode_image(BytesIO(data.tobytes()))
             if image.size != (width, height):
@@ -146,6 +146,14 @@ class BetonSource:
         if mode != RAW or len(data) < height * width * 3:
             raise ValueError(f"its mode {mode} or its {len(data)} bytes are not those of {width} x {height} px")
         return Image.fromarray(np.array(data[: height * width * 3]).reshape(height, width, 3))
+
+    def _data(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of a JPEG file, or pixels. ValueError where there are none."""
+        pointer = self.rows[index]["pointer"]  # uint64, as the table: beside a Python int numpy would convert it all
+        place = int(np.searchsorted(self.pointers, pointer))
+        if place == len(self.pointers) or self.pointers[place] != pointer:
+            raise ValueError(f"its data is not in the beton: nothing was allocated at {pointer}")
+        return self.content[int(pointer) : int(pointer) + int(self.sizes[place])]
 
 
 def row_type(field_types: list[int]) -> np.dtype[np.void]:

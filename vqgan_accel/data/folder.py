@@ -58,6 +58,9 @@ class FolderSource:
         names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
         return f"{len(self.files)} images, names {names[:16]}"
 
+    def stored(self, index: int) -> bytes:
+        return (self.folder / self.files[index]).read_bytes()
+
     def open(self, index: int) -> Image.Image:
         return decode_image(self.folder / self.files[index])
 

@@ -90,20 +90,27 @@ class HubSource:
     def fingerprint(self) -> str:
         return f"{len(self.rows)} images"
 
+    def stored(self, index: int) -> bytes:
+        return stored_bytes(self.rows[index][self.column])
+
     def open(self, index: int) -> Image.Image:
         return open_cell(self.rows[index][self.column])
 
 
 def open_cell(cell: dict[str, Any] | None) -> Image.Image:
-    """The image of a row: {bytes, path}, of which one may be None."""
+    return decode_image(BytesIO(stored_bytes(cell)))
+
+
+def stored_bytes(cell: dict[str, Any] | None) -> bytes:
+    """Of a row's image: {bytes, path}, of which one may be None."""
     cell = cell or {"bytes": None, "path": None}
     if cell["bytes"] is not None:
-        return decode_image(BytesIO(cell["bytes"]))
+        return cell["bytes"]
     if cell["path"] is not None:
         if "://" in cell["path"]:  # a file on the hub, of a data set that is streamed
             with fsspec.open(cell["path"], "rb") as file:
-                return decode_image(BytesIO(file.read()))
-        return decode_image(cell["path"])
+                return file.read()
+        return Path(cell["path"]).read_bytes()
     raise ValueError("the row holds no image")
 
 

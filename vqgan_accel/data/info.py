@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.content import content_hash, content_sum
 from vqgan_accel.data.loading import Failure, TrainingViews, reason_of, training_loader
 from vqgan_accel.data.opening import open_indexed, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
-from vqgan_accel.interruption import shield_data_worker
+from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels
 RATE_SECONDS = 2.0  # of decoding for each backend
@@ -59,8 +60,9 @@ class SplitInfo:
         return lines
 
 
-def data_info(config: DataConfig, output: Path) -> list[str]:
-    """Every image of every split is decoded once. Writes output/SPLIT.png and returns lines for the user.
+def data_info(config: DataConfig, output: Path, with_hash: bool = False) -> list[str]:
+    """Every image of every split is decoded once; `with_hash`: their bytes are hashed, too (data.expected_hash). Writes
+    output/SPLIT.png and returns lines for the user.
 
     Errors are those of open_indexed for the training split; another split that is not there is said so.
     """
@@ -76,7 +78,10 @@ def data_info(config: DataConfig, output: Path) -> list[str]:
         first, *rest = split_info(source, config.workers, split).lines(config.image_size)
         sheet = output / f"{split}.png"
         contact_sheet(source).save(sheet)
-        lines += [f"{split:<12}{first}", *(f"{'':<12}{line}" for line in [*rest, f"contact sheet {sheet}"])]
+        rest += [f"contact sheet {sheet}"]
+        if with_hash:
+            rest += [f"hash {content_hash(content_sum(source, config.workers))}"]
+        lines += [f"{split:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
     lines.append(f"training views of {config.image_size} px on one process")
     for backend in get_args(DataConfig.model_fields["backend"].annotation):
         if backend == "auto":
@@ -87,7 +92,11 @@ def data_info(config: DataConfig, output: Path) -> list[str]:
 
 def split_info(source: ImageSource, workers: int, title: str) -> SplitInfo:
     facts: DataLoader[Facts] = DataLoader(
-        _Facts(source), batch_size=None, num_workers=workers, worker_init_fn=shield_data_worker
+        _Facts(source),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=shield_data_worker,
+        multiprocessing_context=DATA_WORKERS if workers else None,
     )
     info = SplitInfo()
     for index, (width, height, mode, broken) in enumerate(tqdm(facts, desc=title, unit="image", dynamic_ncols=True)):

@@ -35,8 +35,8 @@ from vqgan_accel.data.beton import (
 from vqgan_accel.data.loading import REMEDY, Failure, read_image
 from vqgan_accel.data.opening import open_indexed, split_of
 from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
-from vqgan_accel.interruption import shield_data_worker
-from vqgan_accel.run_folder import naming, sync
+from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
+from vqgan_accel.run_folder import lock, naming, sync
 
 WriteMode = Literal["jpg", "raw", "smart"]
 SMART_BYTES = 192 * 192 * 3  # smart: JPEG for images whose pixels take more than that, pixels for the others
@@ -63,13 +63,19 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
 
     Each file appears when it is complete. One that the same source and options have made already is kept, so that an
     interrupted run is started again with the same command. Raises ValueError for options out of range, for a file
-    there that was made of something else, and, unless data.on_error=skip, for a broken image.
+    there that was made of something else, where another process is at work in the folder, and, unless
+    data.on_error=skip, for a broken image.
     """
     _check(options)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
     open_indexed(config, "train")  # a wrong path is told at once; of the other splits some may be missing
     output.mkdir(parents=True, exist_ok=True)
+    with lock(output):
+        return _make_splits(config, output, options)
+
+
+def _make_splits(config: DataConfig, output: Path, options: BetonOptions) -> list[Path]:
     written = []
     for split_name in get_args(SplitName):
         try:
@@ -182,6 +188,7 @@ def _encoded(source: ImageSource, config: DataConfig, options: BetonOptions) -> 
         batch_size=CHUNK,
         num_workers=config.workers,
         worker_init_fn=shield_data_worker,
+        multiprocessing_context=DATA_WORKERS if config.workers else None,
         collate_fn=list,
     )
     for chunk in loader:

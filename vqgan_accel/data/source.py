@@ -47,6 +47,9 @@ class ImageSource(Protocol):
     def fingerprint(self) -> str:
         """Tells one set of images from another: their number and, where they have some, a hash of their names."""
 
+    def stored(self, index: int) -> bytes:
+        """The image's bytes as they are stored, not decoded. OSError or ValueError where they cannot be read."""
+
     def open(self, index: int) -> Image.Image:
         """The image as stored (any mode), fully loaded. What it raises on a broken image is up to Pillow."""
 

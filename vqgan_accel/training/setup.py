@@ -17,9 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, flat_config, load_config, save_config
+from vqgan_accel.data.content import require_content
 from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
 from vqgan_accel.data.opening import backend_of, count_images, open_source, require_reader
 from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.data.source import ImageSource
 from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
@@ -35,6 +37,8 @@ from vqgan_accel.training.tracking import Tracking, check_trackers
 
 if TYPE_CHECKING:
     from vqgan_accel.data.stream import StreamOrder
+
+HELD_PATIENCE = 120.0  # seconds for a former self to end: launch/slurm.sh gives it 60, an NFS lock of a dead machine 90
 
 
 @dataclass
@@ -74,9 +78,12 @@ def set_up(config: Config, resume: bool) -> Setup:
             f"the processes see different training images ({images} on process {accelerator.process_index}); data.path "
             "must lead to the same ones on every machine"
         )
+    if config.data.expected_hash is not None:
+        assert isinstance(training_source, ImageSource)  # the config refuses it for streams
+        require_content(training_source, config.data.workers, config.data.expected_hash)
     plan = make_plan(config, count_images(training_source), accelerator.num_processes)
     run, held = Path(config.output_dir), ExitStack()
-    decided_by_main(lambda: lock_run_folder(run, held))
+    decided_by_main(lambda: lock_run_folder(run, held, resume))
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(plan, resume, accelerator.print))
 
     order = training_order(
@@ -212,10 +219,13 @@ def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -
     return checkpoint
 
 
-def lock_run_folder(run: Path, held: ExitStack) -> None:
-    """Before anything in it is looked at, where it is there already. One process calls it."""
+def lock_run_folder(run: Path, held: ExitStack, resume: bool) -> None:
+    """Before anything in it is looked at, where it is there already. One process calls it.
+
+    A job that was requeued may be there before its former self, on another machine, has come to its end.
+    """
     if run.is_dir():
-        held.enter_context(lock(run))
+        held.enter_context(lock(run, patience=HELD_PATIENCE if resume else 0.0))
 
 
 def open_run_folder(run: Path, held: ExitStack, resuming: bool) -> None:
