@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DynamoBackend
 
 
 def start_accelerator(
@@ -44,11 +46,22 @@ def start_accelerator(
             f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: they would "
             "train apart; on a CPU start them with torchrun (launch/two_cpu_processes.sh)"
         )
+    if started == 1 and (asked := processes_asked_for(launcher_command())) > 1:
+        accelerator.print(
+            f"{asked} processes were asked for, and on a CPU `accelerate launch` starts one (accelerate issue 2741): "
+            f"this run has one; for {asked}: torchrun --standalone --nproc_per_node {asked} -m vqgan_accel train ..."
+        )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported: with two alternating networks only one device and "
             "DDP (MULTI_GPU, MULTI_CPU) are proven; change the accelerate config's distributed_type"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"dynamo_backend {accelerator.state.dynamo_plugin.backend.value} (from the accelerate config or "
+            "ACCELERATE_DYNAMO_BACKEND) would compile the discriminator, whose R1 penalty torch.compile cannot "
+            "differentiate twice; set it to no, and training.compile=true, which compiles the other networks"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -56,3 +69,27 @@ def start_accelerator(
             "gradient scaler would serve two networks' optimizers; use bf16 or no"
         )
     return accelerator
+
+
+def launcher_command() -> list[str]:
+    """The words with which this process's parent was started; none where the system does not tell."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def processes_asked_for(command: Sequence[str]) -> int:
+    """Of `accelerate launch` with these words and the config file that it reads; 1 where it is another program."""
+    words = list(command)
+    program = next((place for place, word in enumerate(words) if Path(word).name == "accelerate"), None)
+    if program is None or "launch" not in words[program + 1 : program + 2]:
+        return 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments = launch_command_parser().parse_args(words[program + 2 :])
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    file = arguments.config_file or default_config_file
+    return load_config_from_file(file).num_processes if Path(file).is_file() else 1

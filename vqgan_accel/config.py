@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -441,7 +443,8 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
                 f"'{override}' is not an override; write section.key=value, such as training.max_steps=200"
             )
     try:
-        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.merge(_without_other_types(OmegaConf.create(values), given, source), given)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{source}: an override does not fit: {' '.join(str(error).split())}") from error
     try:
@@ -450,6 +453,22 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
         raise ValueError(f"{source}: {sentences(error)}") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _without_other_types(values: DictConfig, overrides: DictConfig, source: str) -> DictConfig:
+    """The values of a file without what belongs to another type of a section than the one that an override asks for:
+    `quantizer.type=standard` begins with that type's defaults. What is left out is said."""
+    for name, annotation in UNIONS.items():
+        section, other = values.get(name), overrides.get(name)
+        kind = other.get("type") if isinstance(other, DictConfig) else None
+        fields = next((part.model_fields for part in _sections(annotation) if _type_of(part) == kind), None)
+        if not isinstance(section, DictConfig) or fields is None:
+            continue
+        dropped = {key: section.pop(key) for key in list(section) if key not in fields}
+        if dropped and os.environ.get("RANK", "0") == "0":
+            listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
+            print(f"{name}.type={kind} leaves out what {source} says of another type: {listed}", file=sys.stderr)
+    return values
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -487,10 +506,12 @@ def _sections(annotation: Any) -> list[type[Section]]:
     return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
 
 
-UNION_TYPES = {  # a section of which there are several -> its types
-    name: [get_args(section.model_fields["type"].annotation)[0] for section in _sections(union)]
-    for name, union in (("autoencoder", AutoencoderConfig), ("quantizer", QuantizerConfig))
-}
+def _type_of(section: type[BaseModel]) -> str:
+    return get_args(section.model_fields["type"].annotation)[0]
+
+
+UNIONS = {"autoencoder": AutoencoderConfig, "quantizer": QuantizerConfig}  # sections of which there are several
+UNION_TYPES = {name: [_type_of(section) for section in _sections(union)] for name, union in UNIONS.items()}
 
 
 def sentences(error: ValidationError) -> str:

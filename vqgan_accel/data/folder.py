@@ -87,6 +87,16 @@ def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def require_outside(output: Path, folder: Path, key: str) -> None:
+    """ValueError where `output`, which `key` named, lies in a folder of images: what is written there would be read as
+    images the next time."""
+    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{key} {output} lies among the images of {folder}, and the pictures written there would be taken for some "
+            "of them; give a folder elsewhere"
+        )
+
+
 def image_files(folder: Path) -> list[str]:
     """Relative posix paths, sorted. A folder that several links lead to is read once, so that loops end."""
     files: list[str] = []

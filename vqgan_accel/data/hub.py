@@ -27,6 +27,7 @@ from vqgan_accel.data.source import (
     STORES,
     Labels,
     decode_image,
+    in_utf8,
     is_stored_dataset,
     listed,
     nearest_name,
@@ -221,6 +222,11 @@ def _one_sentence(path: Path | str) -> Iterator[None]:
             "there; give a folder, or connect to the network"
         ) from error
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(unicode := error.__cause__ or error, UnicodeEncodeError):
+            raise ValueError(
+                f"{in_utf8(unicode.object)} in data.path {path} has a name that is not UTF-8, which the `datasets` "
+                "library cannot keep; rename it, or set data.backend=folder, which reads files of any name"
+            ) from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"data.path {path} cannot be read by the `datasets` library: {reason}") from error
 

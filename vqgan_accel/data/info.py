@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.content import content_hash, content_sum
 from vqgan_accel.data.loading import Failure, TrainingViews, reason_of, training_loader
-from vqgan_accel.data.opening import open_indexed, require_reader
+from vqgan_accel.data.opening import open_indexed, require_apart, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
@@ -67,6 +67,7 @@ def data_info(config: DataConfig, output: Path, with_hash: bool = False) -> list
     Errors are those of open_indexed for the training split; another split that is not there is said so.
     """
     open_indexed(config, "train")
+    require_apart(output, config, "--output")
     output.mkdir(parents=True, exist_ok=True)
     lines = []
     for split in get_args(SplitName):

@@ -33,7 +33,7 @@ from vqgan_accel.data.beton import (
     row_type,
 )
 from vqgan_accel.data.loading import REMEDY, Failure, read_image
-from vqgan_accel.data.opening import open_indexed, split_of
+from vqgan_accel.data.opening import open_indexed, require_apart, split_of
 from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
 from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
 from vqgan_accel.run_folder import lock, naming, sync
@@ -70,6 +70,7 @@ def make_betons(config: DataConfig, output: Path, options: BetonOptions) -> list
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
     open_indexed(config, "train")  # a wrong path is told at once; of the other splits some may be missing
+    require_apart(output, config, "--output")
     output.mkdir(parents=True, exist_ok=True)
     with lock(output):
         return _make_splits(config, output, options)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import BetonSource
-from vqgan_accel.data.folder import FolderSource
+from vqgan_accel.data.folder import FolderSource, require_outside
 from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
 from vqgan_accel.extras import is_installed
 
@@ -61,6 +61,12 @@ def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
     if path.is_dir() and any(path.glob("*.beton")):
         return "ffcv" if is_installed("ffcv") else "beton"
     return "folder" if path.is_dir() and not is_stored_dataset(path) else "hub"
+
+
+def require_apart(output: Path, config: DataConfig, key: str) -> None:
+    """ValueError where `output`, which `key` named, lies among the images of a split."""
+    for split_name in get_args(SplitName) if config.path is not None else ():
+        require_outside(output, Path(str(config.path)).expanduser() / split_of(config, split_name), key)
 
 
 def count_images(source: ImageSource | StreamSource) -> int | None:

@@ -88,3 +88,8 @@ def nearest_name(wanted: str, known: Iterable[str]) -> str | None:
 def listed(names: Sequence[str]) -> str:
     """Names for an error sentence, shortened where there are many."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def in_utf8(name: str) -> str:
+    """A file's name may be any bytes; what is no UTF-8 is shown as question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

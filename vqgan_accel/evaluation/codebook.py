@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.data.loading import evaluation_loader, to_float
-from vqgan_accel.data.opening import open_source
+from vqgan_accel.data.opening import open_source, require_apart
 from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
@@ -36,6 +36,7 @@ def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = evaluation_config(tokenizer, config_file, overrides)
     source = open_source(config.data, config.evaluation.split)
+    require_apart(output, config.data, "--output")
     device = start_accelerator("no").device
     require_finite(tokenizer, str(folder))
     tokenizer.to(device)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, load_config, parse_config
 from vqgan_accel.data.loading import Batch, evaluation_loader, to_float
-from vqgan_accel.data.opening import count_images, open_source
+from vqgan_accel.data.opening import count_images, open_source, require_apart
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
@@ -114,6 +114,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     if not path.is_dir():  # a name on the hub: not among its cached files
         home = Path(EVALUATION, path)
     output = output or home / settings.split
+    require_apart(output, config.data, "--output")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     batches = evaluation_loader(

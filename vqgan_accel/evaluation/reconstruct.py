@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
-from vqgan_accel.data.folder import EXTENSIONS, image_files
+from vqgan_accel.data.folder import EXTENSIONS, image_files, require_outside
 from vqgan_accel.data.loading import reason_of, to_float
 from vqgan_accel.data.source import decode_image
 from vqgan_accel.data.transforms import to_rgb
@@ -54,6 +54,8 @@ def reconstruct(
     with a side above `tile` pixels are done in tiles. Returns the table's rows; a metric that an image is too small for
     is None. FileNotFoundError or ValueError names what is wrong; the folder appears when it is complete.
     """
+    for folder in inputs:
+        require_outside(output, folder, "--output")
     files = named_images(inputs)
     folder, _ = find_tokenizer(path)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
 from vqgan_accel.data.loading import Batch, Failure, read_image, to_float, views_loader
-from vqgan_accel.data.opening import open_indexed, split_of
-from vqgan_accel.data.source import ImageSource, Labels
+from vqgan_accel.data.opening import open_indexed, require_apart, split_of
+from vqgan_accel.data.source import ImageSource, Labels, in_utf8
 from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.distributed import decided_by_main
@@ -58,6 +58,7 @@ def tokenize(
     config = evaluation_config(tokenizer, config_file, overrides or [])
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
+    require_apart(output, config.data, "--output")
     labels = source.labels()
     largest = min(SHARD_IMAGES, -(-len(source) // accelerator.num_processes)) if shard_images is None else shard_images
     with ExitStack() as held:
@@ -213,11 +214,6 @@ def write_shard(
         sync(unfinished)
         os.replace(unfinished, file)
         sync(file.parent)
-
-
-def in_utf8(name: str) -> str:
-    """A file's name may be any bytes; what is no UTF-8 is shown as question marks."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Features:

@@ -16,10 +16,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, flat_config, load_config, save_config
+from vqgan_accel.config import Config, batch_scale, flat_config, load_config, save_config
 from vqgan_accel.data.content import require_content
 from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
-from vqgan_accel.data.opening import backend_of, count_images, open_source, require_reader
+from vqgan_accel.data.opening import backend_of, count_images, open_source, require_apart, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource
 from vqgan_accel.describe import describe, description_lines
@@ -38,6 +38,9 @@ from vqgan_accel.training.tracking import Tracking, check_trackers
 if TYPE_CHECKING:
     from vqgan_accel.data.stream import StreamOrder
 
+LARGEST_SCALE = 4.0  # of the learning rate by the batch size, or its inverse, without a remark
+# config keys that decide which tensors a checkpoint holds
+SHAPING = ("autoencoder.", "quantizer.", "discriminator.", "data.image_size", "training.ema_decay", "training.decoder")
 HELD_PATIENCE = 120.0  # seconds for a former self to end: launch/slurm.sh gives it 60, an NFS lock of a dead machine 90
 
 
@@ -70,6 +73,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     )
     device = accelerator.device
     require_reader(config.data)
+    require_apart(Path(config.output_dir), config.data, "output_dir")
     training_source = open_source(config.data, "train")
     validation_source = open_source(config.data, "validation")
     images = training_source.fingerprint()
@@ -140,7 +144,7 @@ def set_up(config: Config, resume: bool) -> Setup:
     usage = CodebookUsage(config.quantizer.num_codes, device)
     state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
     if checkpoint is not None:
-        read_state(state, checkpoint)
+        fill(state, checkpoint, run, config)
         decided_by_main(lambda: point_links(run, state.progress.step, state.progress.best_step))
         if state.progress.training_images != images:
             accelerator.print(
@@ -239,14 +243,32 @@ def open_run_folder(run: Path, held: ExitStack, resuming: bool) -> None:
         raise ValueError(f"another process has trained in {run} meanwhile; add --resume to go on with its run")
 
 
+def fill(state: TrainingState, checkpoint: Path, run: Path, config: Config) -> None:
+    """Read the checkpoint into the networks and all else. ValueError, naming what has changed, if it does not fit."""
+    try:
+        read_state(state, checkpoint)
+    except ValueError as error:
+        changes = [change for change in changes_since_the_beginning(run, config) if change.startswith(SHAPING)]
+        if not changes:
+            raise
+        raise ValueError(
+            f"checkpoint {checkpoint} does not fit this config, in which this is not as it was when the run began: "
+            f"{'; '.join(changes)}; resume with the config it was trained with, or give another output_dir"
+        ) from error
+
+
+def changes_since_the_beginning(run: Path, config: Config) -> list[str]:
+    """`key: before -> now`; empty where the run's config.yaml says the same."""
+    try:
+        return config_changes(load_config(run / CONFIG), config)
+    except (ValueError, FileNotFoundError) as error:  # another version's, or lost: no reason not to go on
+        return [f"in what way is not known ({error})"]
+
+
 def record_config(run: Path, config: Config, resuming: bool) -> None:
     """Write the resolved config, once the checkpoint has been found to fit it. One process calls it."""
     if resuming:
-        try:
-            changes = config_changes(load_config(run / CONFIG), config)
-        except (ValueError, FileNotFoundError) as error:  # another version's, or lost: no reason not to go on
-            changes = [f"in what way is not known ({error})"]
-        for change in changes:
+        for change in changes_since_the_beginning(run, config):
             print(f"config changed since the run began: {change}", flush=True)
     else:
         for name in (METRICS, WANDB_ID):  # of a run that never came to a checkpoint
@@ -256,10 +278,11 @@ def record_config(run: Path, config: Config, resuming: bool) -> None:
 
 def config_changes(old: Config, new: Config) -> list[str]:
     before, after = (flat_config(config) for config in (old, new))
+    common = before.keys() & after.keys()  # a section of another type has other keys, of which its type tells
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and (key in common or key.endswith(".type"))
     ]
 
 
@@ -286,7 +309,7 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
     """Every derived number, on the main process."""
     if not accelerator.is_main_process:
         return
-    training, discriminator = plan.config.training, plan.config.discriminator
+    training = plan.config.training
     lines = [
         f"output             {plan.config.output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
         f"processes          {plan.num_processes} on {accelerator.device.type}, mixed precision "
@@ -301,12 +324,37 @@ def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoin
         f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "
         f"{training.total_batch_size}/{training.base_batch_size}; warm-up {plan.warmup_steps} steps, cosine to "
         f"{plan.learning_rate * training.lr_final_ratio:.3g} over {plan.decay_steps:,}",
-        f"adversarial        {'off' if discriminator is None else f'from step {plan.discriminator_start:,}'}"
-        + (f", reaching the tokenizer after {plan.discriminator_warmup:,} more" if plan.discriminator_warmup else ""),
+        *_far_from_base(plan),
+        f"adversarial        {_adversarial(plan)}",
         f"every              {training.log_every} steps a log line, {plan.validate_every} a validation, "
         f"{plan.checkpoint_every} a checkpoint",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _adversarial(plan: Plan) -> str:
+    start, heard = plan.discriminator_start, plan.discriminator_warmup
+    if start is None:
+        return "off"
+    if start >= plan.total_steps:
+        return f"NEVER: discriminator.start is step {start:,}, and training ends at step {plan.total_steps:,}"
+    if heard and start + heard >= plan.total_steps:
+        return (
+            f"from step {start:,}, NEVER reaching the tokenizer: with discriminator.warmup that is step "
+            f"{start + heard:,}, and training ends at step {plan.total_steps:,}"
+        )
+    return f"from step {start:,}" + (f", reaching the tokenizer after {heard:,} more" if heard else "")
+
+
+def _far_from_base(plan: Plan) -> list[str]:
+    """The rule of scaling is known to hold near the batch it was tuned at."""
+    training, factor = plan.config.training, batch_scale(plan.config.training)
+    if 1 / LARGEST_SCALE <= factor <= LARGEST_SCALE:
+        return []
+    return [
+        f"                   NOTE: that is {factor:.3g} x training.base_lr, far from where the rule was tried; for a "
+        f"batch of {training.total_batch_size} set base_lr yourself, with training.lr_scaling=none"
+    ]
 
 
 def _counted(plan: Plan) -> str:
