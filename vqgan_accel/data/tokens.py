@@ -67,6 +67,10 @@ def load_tokens(folder: str | Path) -> Dataset:
     Columns: codes (h*w numbers, row by row; uint16, or int32 from 65537 codes on), label (where the images have
     classes), file_name, index (of the image in its split), view. The manifest has h and w as `code_grid`.
     FileNotFoundError or ValueError where the folder is not complete.
+
+    >>> rows = load_tokens("tokens")
+    >>> len(rows), len(rows[0]["codes"]), rows[1]["view"]
+    (16, 16, 'center_mirrored')
     """
     import datasets
 

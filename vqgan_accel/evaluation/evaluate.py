@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,15 +93,24 @@ def pixel_hash(image: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:5], "little")
 
 
-def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
-    """`evaluate.py`: measure the tokenizer of a run, a checkpoint, a save_pretrained folder or a name on the hub, on
-    `evaluation.split`.
+def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> dict[str, Any]:
+    """Measure a tokenizer on every image of `evaluation.split` of `data.path`; on many processes every one calls it.
 
-    Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the
-    run's config, or in the tokenizer's folder) and returns what metrics.json holds. Errors are those of load_config
-    and open_source.
+    model: what `load_tokenizer` takes. overrides: `section.key=value`, of the run's config or, where there is none, of
+    the defaults. Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT
+    beside the run's config, or in the tokenizer's folder), prints a table, and returns what metrics.json holds:
+    `results`, metric -> value (psnr in dB, codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides
+    them besides the tokenizer, and its `fingerprint`: numbers compare if and only if theirs are equal. ValueError or
+    FileNotFoundError where the tokenizer, the images or a feature network's weights cannot be had.
+
+    >>> report = evaluate("runs/first", ["evaluation.metrics=[psnr, codebook]"])
+    runs/first/checkpoints/... on 3 images
+    ...
+    >>> sorted(report["results"])
+    ['codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
     """
-    folder, config_file = find_tokenizer(path)
+    model = Path(model)
+    folder, config_file = find_tokenizer(model)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     config = evaluation_config(tokenizer, config_file, overrides)
     accelerator = start_accelerator("no")
@@ -111,9 +120,9 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     if (number := count_images(source)) is not None:
         metrics.require(number)
     home = (config_file.parent if config_file else folder) / EVALUATION
-    if not path.is_dir():  # a name on the hub: not among its cached files
-        home = Path(EVALUATION, path)
-    output = output or home / settings.split
+    if not model.is_dir():  # a name on the hub: not among its cached files
+        home = Path(EVALUATION, model)
+    output = Path(output or home / settings.split)
     require_apart(output, config.data, "--output")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -152,7 +161,7 @@ def evaluate(path: Path, overrides: list[str], output: Path | None = None) -> di
     return report
 
 
-def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overrides: list[str]) -> Config:
+def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overrides: Sequence[str]) -> Config:
     """The run's config, or the defaults for a tokenizer without one, with the overrides applied."""
     if config_file is not None:
         config = load_config(config_file, overrides)

@@ -40,24 +40,30 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    path: Path,
-    inputs: Sequence[Path],
-    output: Path,
-    tile: int,
+    model: str | Path,
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    tile: int = 1024,
     metrics: Sequence[Metric] = ("psnr", "ssim"),
     weights: WeightFiles | None = None,
 ) -> list[dict[str, Any]]:
     """Write output/NAME.png (the original, its reconstruction at its right) for every image, and
     output/reconstructions.csv.
 
-    path: a run, a checkpoint or a saved tokenizer; inputs: image files, or folders, which are read recursively. Images
-    with a side above `tile` pixels are done in tiles. Returns the table's rows; a metric that an image is too small for
-    is None. FileNotFoundError or ValueError names what is wrong; the folder appears when it is complete.
+    model: what `load_tokenizer` takes; inputs: image files of any size, or folders, which are read recursively. Images
+    with a side above `tile` pixels are done in tiles. Returns the table's rows, of each image its file, width and
+    height (pixels), codes, bits_per_pixel and the metrics (psnr in dB), of which one that the image is too small for is
+    None. FileNotFoundError or ValueError names what is wrong; the folder appears when it is complete.
+
+    >>> rows = reconstruct("runs/first", ["photographs/validation"], "reconstructions")
+    >>> rows[0]["width"], rows[0]["codes"], rows[0]["bits_per_pixel"]
+    (20, 25, 0.25)
     """
-    for folder in inputs:
-        require_outside(output, folder, "--output")
-    files = named_images(inputs)
-    folder, _ = find_tokenizer(path)
+    output, paths = Path(output), [Path(path) for path in inputs]
+    for path in paths:
+        require_outside(output, path, "--output")
+    files = named_images(paths)
+    folder, _ = find_tokenizer(Path(model))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     tokenizer = ImageTokenizer.from_pretrained(folder).to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -41,21 +42,30 @@ SAMPLE = 32  # images whose pixels are hashed
 
 
 def tokenize(
-    path: Path, output: Path, views: str = "center", shard_images: int | None = None, overrides: list[str] | None = None
+    model: str | Path,
+    output: str | Path,
+    views: str = "center",
+    shard_images: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the codes of `evaluation.split` of `data.path`; the main process returns the finished manifest. Every
-    process calls it.
+    """Write the codes of `evaluation.split` of `data.path` as parquet, which `load_tokens` reads; the main process
+    returns the finished manifest. Every process calls it.
 
-    path: a run, a checkpoint, a saved tokenizer or a name on the hub, whose config the overrides change. views: a key
-    of VIEWS. shard_images: images in a file, by default 10,000, or fewer where not every process would have a file.
-    Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of the same
-    images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
+    model: what `load_tokenizer` takes, whose config the overrides change. views: `center`, `flip` (two views an image)
+    or `10crop` (ten). shard_images: images in a file, by default 10,000, or fewer where not every process would have a
+    file. Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of
+    the same images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
+
+    >>> manifest = tokenize("runs/first", "tokens", views="flip", overrides=["evaluation.split=train"])
+    >>> manifest["rows"], manifest["code_grid"], manifest["num_codes"]
+    (16, [4, 4], 16)
     """
+    output = Path(output)
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
-    folder, config_file = find_tokenizer(path)
+    folder, config_file = find_tokenizer(Path(model))
     tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides or [])
+    config = evaluation_config(tokenizer, config_file, overrides)
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")

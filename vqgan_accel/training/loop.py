@@ -44,6 +44,11 @@ def train(config: Config, resume: bool = False) -> Path:
     ValueError or FileNotFoundError before the first step for what cannot be trained, TrainingInterruptedError after a
     signal, once the step is finished and saved, FloatingPointError where training diverges, OSError where the disk is
     full. Scripts that call it on many processes end in `distributed.leaving_process_group`, as the command line does.
+
+    >>> train(load_config("my.yaml", ["output_dir=runs/first"]))
+    output             runs/first
+    ...
+    PosixPath('runs/first')
     """
     with catch_stop_signals() as stop_request:
         setup = set_up(config, resume)
