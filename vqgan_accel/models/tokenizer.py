@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,6 +20,9 @@ from vqgan_accel.models.autoencoder import Decoder, Encoder
 from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
 from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
 from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torchvision import models as tv
 from torchvision.models import WeightsEnum
 
+from vqgan_accel.compat import safe_global
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
 PUBLISHED: dict[str, WeightsEnum] = {
     "vgg16": tv.VGG16_Weights.IMAGENET1K_V1,
     "alexnet": tv.AlexNet_Weights.IMAGENET1K_V1,
@@ -21,11 +26,8 @@ PUBLISHED: dict[str, WeightsEnum] = {
     "mobilenet_v2": tv.MobileNet_V2_Weights.IMAGENET1K_V1,
 }
 # Checkpoints of Lightning before 1.5, taming-transformers' published ones among them, have this class as a dict's key.
-IGNORED_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-class Ignored:
-    """What is read in its place: neither needed nor imported."""
+# An empty one of that name is read in its place: Lightning's own is neither needed nor imported.
+IGNORED = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 
 
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def read_safely(file: Path, setting: str) -> object:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([(Ignored, IGNORED_CLASS)]):
+        with safe_global(IGNORED):
             return torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # on a file of something else the readers raise nearly every type there is
         reason = " ".join(str(error).split()).split(". ")[0]
