@@ -476,7 +476,7 @@ def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 def _sections(annotation: Any) -> list[type[Section]]:
     candidates = [annotation, *get_args(annotation)]
-    return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
+    return [candidate for candidate in candidates if isinstance(candidate, type(Section)) and issubclass(candidate, Section)]
 
 
 UNION_TYPES = {  # a section of which there are several -> its types
