@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vqgan_accel.training.plan import make_plan
 
 RECIPES = Path(__file__).parent.parent / "configs"
 MINIMAL = "training: {max_steps: 100}\n"
+LINE_OF_ALIAS = [] if version("omegaconf").startswith("2.3.") else ["line 1"]  # 2.3 does not say it
 QUANTIZERS = ("standard", "ema", "entropy", "gumbel")
 
 
@@ -166,7 +168,7 @@ def test_an_integer_serves_where_a_float_is_asked_for_and_not_the_other_way(tmp_
         ("training: {max_steps: 5\n", ["cannot be read as YAML", "line 1"]),
         ("training: {max_steps: 5}\n---\nseed: 1\n", ["cannot be read as YAML", "line 2"]),
         ("training: !!python/object/apply:os.abort []\n", ["cannot be read as YAML", "line 1"]),
-        ("a: &a [*a]\n", ["cannot be read as YAML", "line 1"]),
+        ("a: &a [*a]\n", ["cannot be read as YAML", "recursive", *LINE_OF_ALIAS]),
         (b"training: {max_steps: 5}\n# \xff\n", ["cannot be read as YAML", "utf-8"]),
         ("- data\n- training\n", ["must hold sections"]),
         ("3\n", ["cannot be read as YAML"]),

@@ -65,7 +65,7 @@ def sections(model: type[Section] = Config) -> list[type[Section]]:
     for field in model.model_fields.values():
         annotations = [field.annotation, *get_args(field.annotation)]
         for inner in annotations:
-            if isinstance(inner, type) and issubclass(inner, Section):
+            if isinstance(inner, type(Section)) and issubclass(inner, Section):
                 found += sections(inner)
     return found
 

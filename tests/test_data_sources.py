@@ -248,7 +248,7 @@ def test_an_unknown_or_imageless_column_is_refused_with_the_names_of_those_there
     with pytest.raises(ValueError) as error:
         open_source(config(path, backend="hub", image_column="label"), "train")
     assert sentence(error) == (
-        f"column 'label' of {path}[train] holds Value('int64'), not images; set another data.image_column"
+        f"column 'label' of {path}[train] holds {datasets.Value('int64')}, not images; set another data.image_column"
     )
 
 

@@ -279,7 +279,7 @@ def test_images_without_classes_have_no_label_and_that_is_said(
         ([0.5, 1.0], datasets.Value("float32"), "not class numbers"),
         (["a", "b"], datasets.Value("string"), "not class numbers"),
         ([True, False], datasets.Value("bool"), "not class numbers"),
-        ([[1], [2]], datasets.List(datasets.Value("int64")), "not class numbers"),
+        ([[1], [2]], datasets.Sequence(datasets.Value("int64")), "not class numbers"),
         ([1, None], datasets.Value("int64"), "1 empty values"),
         ([1, None], datasets.ClassLabel(num_classes=3), "1 empty values"),
     ],

@@ -216,7 +216,7 @@ def test_checkpoints_that_cannot_be_read_just_now_are_neither_overlooked_nor_giv
     def stale(*arguments: Any) -> None:
         raise OSError(116, "Stale file handle", "checkpoints")
 
-    for module, name in ((os, "listdir"), (checkpoint.hashlib, "file_digest")):
+    for module, name in ((os, "listdir"), (checkpoint, "_fingerprint")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stale)
             with pytest.raises(OSError, match="Stale file handle"):

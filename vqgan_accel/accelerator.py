@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import DynamoBackend
+
+from vqgan_accel.compat import accelerator_device
 
 
 def start_accelerator(
@@ -25,7 +26,7 @@ def start_accelerator(
     # torch prefers a new name for DDP's broadcast_buffers, which Accelerate does not pass on yet
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it torchrun's processes on a CPU would not find each other
+        cpu=accelerator_device() is None,  # without it torchrun's processes on a CPU would not find each other
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=list(trackers) or None,

@@ -430,6 +430,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:  # omegaconf < 2.4
+        raise ValueError(f"{path} cannot be read as YAML: an alias in it is recursive") from None
     if not isinstance(values, DictConfig):
         raise ValueError(f"{path} must hold sections such as 'data:' and 'training:', and it holds none")
     return parse_config(values, overrides, source=str(path))
@@ -503,7 +505,8 @@ def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 def _sections(annotation: Any) -> list[type[Section]]:
     candidates = [annotation, *get_args(annotation)]
-    return [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
+    kind = type(Section)  # (on Python 3.10 tuple[int, ...] is a `type` too)
+    return [candidate for candidate in candidates if isinstance(candidate, kind) and issubclass(candidate, Section)]
 
 
 def _type_of(section: type[BaseModel]) -> str:

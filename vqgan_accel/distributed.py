@@ -84,7 +84,7 @@ def same_everywhere(value: str) -> bool:
 
 def known_failure(error: RuntimeError) -> str | None:
     """A sentence where an error means a dead process or a lack of memory, else None: torch has few types for these."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
             "out of memory; raise training.gradient_accumulation_steps, which keeps the batch, or lower "
             f"training.total_batch_size ({' '.join(str(error).split())[:200]})"

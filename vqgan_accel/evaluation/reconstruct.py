@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqgan_accel.compat import accelerator_device
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.data.folder import EXTENSIONS, image_files, require_outside
 from vqgan_accel.data.loading import reason_of, to_float
@@ -64,8 +65,7 @@ def reconstruct(
         require_outside(output, path, "--output")
     files = named_images(paths)
     folder, _ = find_tokenizer(Path(model))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
+    device = accelerator_device() or torch.device("cpu")
     tokenizer = ImageTokenizer.from_pretrained(folder).to(device)
     bits = math.log2(tokenizer.quantizer.num_codes)
     measures = {  # before anything is made, for they may lack their networks' weights

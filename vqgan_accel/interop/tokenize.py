@@ -236,7 +236,7 @@ def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Fea
     )
     return datasets.Features(
         {
-            "codes": datasets.List(datasets.Value(kind), length=height * width),
+            "codes": datasets.Sequence(datasets.Value(kind), length=height * width),
             **classes,
             "file_name": datasets.Value("string"),
             "index": datasets.Value("int64"),

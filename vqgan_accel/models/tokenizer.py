@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,6 +22,8 @@ from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
 from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN, find_tokenizer
 
 if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
     from vqgan_accel.models.autoencoder import Decoder, Encoder
     from vqgan_accel.models.taming import TamingDecoder, TamingEncoder
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vqgan_accel.compat import safe_global
+
 if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
     from torchvision.models import WeightsEnum
 
 PUBLISHED = {  # our name -> torchvision's, of its ImageNet weights
@@ -24,11 +28,8 @@ PUBLISHED = {  # our name -> torchvision's, of its ImageNet weights
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Checkpoints of Lightning before 1.5, taming-transformers' published ones among them, have this class as a dict's key.
-IGNORED_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-class Ignored:
-    """What is read in its place: neither needed nor imported."""
+# An empty one of that name is read in its place: Lightning's own is neither needed nor imported.
+IGNORED = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 
 
 def published(name: str) -> WeightsEnum:
@@ -71,7 +72,7 @@ def read_safely(file: Path, setting: str) -> object:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([(Ignored, IGNORED_CLASS)]):
+        with safe_global(IGNORED):
             return torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # on a file of something else the readers raise nearly every type there is
         reason = " ".join(str(error).split()).split(". ")[0]

@@ -260,5 +260,8 @@ def _files(folder: Path) -> list[str]:
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from vqgan_accel.compat import uncompiled
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
 from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.opening import backend_of
@@ -201,10 +202,7 @@ def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> 
 def clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """The norm of a network's gradient (already reduced: the same on every rank), clipped to `max_norm` where given."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
 
 
 def global_values(
@@ -227,7 +225,7 @@ def global_values(
 def validate(setup: Setup) -> bool:
     """Measure the (averaged) tokenizer on the whole validation split; True where it is the best so far."""
     state, training, step = setup.state, setup.plan.config.training, setup.state.progress.step
-    with torch.compiler.set_stance("force_eager"):  # or the last, smaller batch of the split would be compiled for
+    with uncompiled():  # or the last, smaller batch of the split would be compiled for
         evaluation = evaluate_tokenizer(
             state.averaged_tokenizer or state.tokenizer,
             setup.validation_batches,
