@@ -41,6 +41,8 @@ STANDARD = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=
 METRICS: tuple[Metric, ...] = ("l2", "psnr", "ssim", "codebook")
 RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage"]
 CPU = torch.device("cpu")
+# SSIM is a mean of values up to 1 that cancel: here -0.0097, of which older torch moves 4e-8 with the batch size
+SSIM = 1e-7
 
 
 def overrides(data: Path, *more: str, metrics: tuple[Metric, ...] = METRICS, batch_size: int = 2) -> list[str]:
@@ -150,7 +152,7 @@ def test_results_and_fingerprint_do_not_depend_on_the_batch_size(
     expected, report = (
         evaluate(saved, overrides(seven, batch_size=batch), here / str(batch)) for batch in (1, batch_size)
     )
-    assert report["results"] == pytest.approx(expected["results"], rel=1e-6)
+    assert report["results"] == pytest.approx(expected["results"], rel=1e-6, abs=SSIM)
     assert report["fingerprint"] == expected["fingerprint"]
 
 
@@ -491,7 +493,7 @@ def measured(tokenizer: ImageTokenizer, pixels: Tensor, *sizes: int, metrics: Me
 
 
 def assert_same_evaluation(a: Evaluation, b: Evaluation) -> None:
-    assert a.results == pytest.approx(b.results, rel=1e-6)
+    assert a.results == pytest.approx(b.results, rel=1e-6, abs=SSIM)
     assert (a.num_images, a.skipped_images, a.pixels_hash) == (b.num_images, b.skipped_images, b.pixels_hash)
     assert torch.equal(a.code_counts, b.code_counts) and torch.equal(a.originals, b.originals)
     torch.testing.assert_close(a.reconstructions, b.reconstructions, rtol=0, atol=1e-5)
