@@ -180,15 +180,24 @@ def train(config: Path, run: Path, *options: str) -> Path:
     return run
 
 
-def start(*arguments: object, cuda: bool = True) -> subprocess.Popen[bytes]:
-    """Python on these arguments, in a process of its own."""
-    environment = os.environ | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, cwd=REPOSITORY)
+def start(*arguments: object, **environment: str) -> Callable[[], None]:
+    """Python on these arguments, in a process of its own; what is returned waits for its end."""
+    words = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(words, env=os.environ | environment, cwd=REPOSITORY)
+
+    def finish() -> None:
+        if status := process.wait():
+            raise RuntimeError(f"`{' '.join(words[1:])}` ended with status {status}; the log says why")
+
+    return finish
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    if status := process.wait():
-        raise RuntimeError(f"`{' '.join(map(str, process.args[1:]))}` ended with status {status}; the log says why")
+def start_on_cpu(place: Place, *arguments: object) -> Callable[[], None]:
+    """The command line in a process that sees no GPU, as `start`. Where nobody sees one: in this process, at once."""
+    if place.cuda:
+        return start("-m", "vqgan_accel", *arguments, CUDA_VISIBLE_DEVICES="")
+    vqgan(*arguments)
+    return lambda: None
 
 
 @contextmanager
@@ -297,13 +306,13 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
 def check_numbers(place: Place) -> None:
     """Logged values of three steps, R1's gradient, and codes, each with TF32 in cuDNN and without."""
     config = tiny_config(place, "standard", max_steps=3)
-    on_cpu = start("train.py", config, f"output_dir={place.folder / 'cpu'}", cuda=False)
+    finish = start_on_cpu(place, "train", config, f"output_dir={place.folder / 'cpu'}")
     for allowed in (True, False):
         with tf32(allowed):
             train(config, place.folder / tf32_name(allowed))
     check_r1(place)
     check_codes(place)
-    finish(on_cpu)
+    finish()
     reference = logged(place.folder / "cpu")
     for allowed in (True, False):
         found = logged(place.folder / tf32_name(allowed))
@@ -416,8 +425,8 @@ def check_commands(place: Place) -> None:
     """evaluate and tokenize on both devices; codebook, reconstruct and describe complete."""
     run = train(tiny_config(place, "standard", max_steps=3), place.folder / "run")
     on_cpu = [
-        start("-m", "vqgan_accel", "evaluate", run, "--output", place.folder / "evaluated_cpu", cuda=False),
-        start("-m", "vqgan_accel", "tokenize", run, "--output", place.folder / "tokens_cpu", cuda=False),
+        start_on_cpu(place, "evaluate", run, "--output", place.folder / "evaluated_cpu"),
+        start_on_cpu(place, "tokenize", run, "--output", place.folder / "tokens_cpu"),
     ]
     vqgan("evaluate", run, "--output", place.folder / "evaluated")
     vqgan("tokenize", run, "--output", place.folder / "tokens")
@@ -425,8 +434,8 @@ def check_commands(place: Place) -> None:
     pictures = place.shared / "photographs" / "validation"
     vqgan("reconstruct", run, pictures, "--output", place.folder / "pictures", "--tile", 256)
     place.record("evaluate, tokenize, codebook, reconstruct", "complete")
-    for process in on_cpu:
-        finish(process)
+    for finish in on_cpu:
+        finish()
     here, there = (
         json.loads((place.folder / name / "metrics.json").read_text())["results"]
         for name in ("evaluated", "evaluated_cpu")
@@ -684,7 +693,8 @@ def profiled(place: Place, name: str, steps: int) -> Iterator[None]:
     spent = (lambda event: event.self_device_time_total) if place.cuda else (lambda event: event.self_cpu_time_total)
     kinds: dict[str, list[Any]] = {"kernel": [], "operator": []}
     for event in profiler.key_averages():
-        kinds["operator" if event.device_type == DeviceType.CPU else "kernel"].append(event)
+        if not event.is_user_annotation:
+            kinds["operator" if event.device_type == DeviceType.CPU else "kernel"].append(event)
     busy = sum(spent(event) for event in kinds["kernel" if place.cuda else "operator"]) / 1e6
     place.record(f"bf16, {name} profiled: GPU busy", 100 * busy / seconds, "% of the time", "over 95")
     launches = sum(event.count for event in kinds["kernel"])
@@ -705,7 +715,7 @@ def check_waits(place: Place) -> None:
     from vqgan_accel.config import load_config
     from vqgan_accel.training.setup import set_up
 
-    for quantizer in QUANTIZERS:
+    for quantizer in QUANTIZERS if place.cuda else ("gumbel",):
         for ema_decay, expected in (("null", "1"), ("0.9", "3")):
             run = place.folder / f"{quantizer}_{ema_decay}"
             settings = [f"output_dir={run}", f"training.ema_decay={ema_decay}", "data.workers=0"]
@@ -796,17 +806,13 @@ def check_distributed(place: Place) -> None:
     config = tiny_config(place, "gumbel")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
     runs = {name: place.folder / name for name in ("plain", "torchrun", "ddp")}
-    processes = [
-        start("train.py", config, f"output_dir={runs['plain']}", cuda=place.cuda),
-        start(*torchrun, "train.py", config, f"output_dir={runs['torchrun']}", cuda=place.cuda),
+    started = [
+        start("train.py", config, f"output_dir={runs['plain']}"),
+        start(*torchrun, "train.py", config, f"output_dir={runs['torchrun']}"),
     ]
-    try:
-        train_in_ddp(place, config, runs["ddp"])
-    finally:
-        for process in processes:
-            process.wait()
-    for process in processes:
-        finish(process)
+    train_in_ddp(place, config, runs["ddp"])
+    for finish in started:
+        finish()
     place.record("under torchrun beside without", difference(runs["plain"], runs["torchrun"]), "", "to rounding")
     place.record("in DDP beside without", difference(runs["plain"], runs["ddp"]), "", "to rounding")
 
