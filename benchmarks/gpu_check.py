@@ -389,7 +389,7 @@ def check_r1(place: Place) -> None:
 def check_codes(place: Place) -> None:
     """Of the recipe's encoder with random weights; codes drawn from latents of other images."""
     from vqgan_accel.config import load_config
-    from vqgan_accel.describe import build_tokenizer
+    from vqgan_accel.models.networks import build_tokenizer
 
     overrides = [] if place.cuda else ["autoencoder.channels=32", "quantizer.num_codes=64"]
     config = load_config(RECIPE, overrides)
