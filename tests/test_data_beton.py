@@ -217,9 +217,9 @@ def test_auto_is_the_backend_of_what_is_there(
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vqgan_accel.data.opening.is_installed", lambda name: False)
     assert backend_of(DataConfig(backend="auto", path=str(tmp_path))) == backend
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("vqgan_accel.data.opening.is_installed", lambda name: True)
     assert backend_of(DataConfig(backend="auto", path=str(tmp_path))) == backend.replace("beton", "ffcv")
     assert backend_of(DataConfig(backend="auto", path="owner/name")) == "hub"
     assert backend_of(DataConfig(backend="beton", path=str(tmp_path))) == "beton"

@@ -367,6 +367,10 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
+    """Everything that decides a run, section by section; `load_config` makes one of a YAML file, and the fields' own
+    comments say units, ranges and sources. It does not change once it is made: `config.model_copy(update=...)` does.
+    """
+
     output_dir: str = Field("runs/default", min_length=1)  # checkpoints, metrics.jsonl, pictures, the resolved config
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig = DataConfig()

@@ -112,8 +112,10 @@ def set_up(config: Config, resume: bool) -> Setup:
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
     perceptual = build_perceptual(config.losses, config.weights)
-    for network in (d_model, perceptual):
-        if network is not None:  # the tokenizer stays as it is: GroupNorm is slow in this layout (docs/performance.md)
+    # The tokenizer stays as it is, for GroupNorm is slow in this layout (docs/performance.md), and so does D on a GPU,
+    # where its blur is (docs/gpu).
+    for network in (d_model if device.type == "cpu" else None, perceptual):
+        if network is not None:
             network.to(memory_format=torch.channels_last)
     metrics = Metrics(
         config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
