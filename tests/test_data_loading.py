@@ -22,8 +22,6 @@ from vqgan_accel.data.opening import open_source
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
 
-pytestmark = pytest.mark.slow
-
 SIZE = 16
 SEED = 11
 COUNT = 13

@@ -35,8 +35,6 @@ from vqgan_accel.data.transforms import evaluation_view, training_view
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training.loop import train
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parent.parent
 SIZE, SEED = 16, 3
 ROWS = (5, 7, 4, 6)  # of each shard

@@ -36,8 +36,6 @@ from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.training.loop import train
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parent.parent
 STANDARD = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8)
 METRICS: tuple[Metric, ...] = ("l2", "psnr", "ssim", "codebook")

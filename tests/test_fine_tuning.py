@@ -20,8 +20,6 @@ from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.training import setup
 from vqgan_accel.training.loop import train
 
-pytestmark = pytest.mark.slow
-
 ADVERSARIAL = DISCRIMINATOR | {"weight": 0.5, "adaptive_weight": True}
 
 

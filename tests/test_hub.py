@@ -21,8 +21,6 @@ from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import find_tokenizer
 from vqgan_accel.training.loop import train
 
-pytestmark = pytest.mark.slow
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Put = Callable[[Path, str], None]
 

@@ -22,8 +22,6 @@ from vqgan_accel.models.quantizers import EMAQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import find_tokenizer
 
-pytestmark = pytest.mark.slow
-
 CASES = [
     f"{quantizer}_{revision}" for quantizer in ("standard", "ema", "gumbel", "entropy") for revision in ("old", "head")
 ]

@@ -24,8 +24,6 @@ from vqgan_accel.interop.taming import import_llamagen, import_taming
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import find_tokenizer
 
-pytestmark = pytest.mark.slow
-
 CHECKPOINT, YAML = GOLDEN / "taming_vqmodel.ckpt", GOLDEN / "taming_vqmodel.yaml"
 
 

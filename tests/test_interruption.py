@@ -19,8 +19,6 @@ from vqgan_accel.config import save_config
 from vqgan_accel.interruption import EXIT_INTERRUPTED, STOP_SIGNALS, catch_stop_signals
 from vqgan_accel.run_folder import checkpoints
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parent.parent
 
 

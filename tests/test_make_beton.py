@@ -20,8 +20,6 @@ from vqgan_accel.data.beton import HEADER, JPG, RAW, BetonSource
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.make_beton import BetonOptions, encode, make_betons, page_size
 
-pytestmark = pytest.mark.slow
-
 RAW_64 = BetonOptions(64, "raw", 95)
 
 

@@ -39,8 +39,6 @@ from vqgan_accel.evaluation.metrics import (
 from vqgan_accel.losses.perceptual import MobileNetDistance
 from vqgan_accel.models.weights import state_hash
 
-pytestmark = pytest.mark.slow
-
 NUM_CODES = 16
 NO_FILES = WeightFiles()
 SQUEEZE = EvaluationConfig(lpips_network="squeeze")

@@ -16,8 +16,6 @@ from vqgan_accel.config import config_keys, load_config
 from vqgan_accel.extras import is_installed
 from vqgan_accel.recipes import CONFIGS, LAUNCH, copy_launch_files, recipes, summary
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parent.parent
 
 

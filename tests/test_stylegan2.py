@@ -18,8 +18,6 @@ from vqgan_accel.models.discriminators.stylegan2 import (
     minibatch_stddev,
 )
 
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # D's loss, G's loss
     "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(), lambda fake: -fake.mean()),

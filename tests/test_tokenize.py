@@ -32,8 +32,6 @@ from vqgan_accel.interop import tokenize as module
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import lock
 
-pytestmark = pytest.mark.slow
-
 CLASSES = {"ant": 5, "bee": 4, "cat": 2}  # images
 
 
