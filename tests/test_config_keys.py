@@ -26,6 +26,8 @@ from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = str(Path(vqgan_accel.__file__).parent)
 CONFIG_FILE = str(Path(PACKAGE) / "config.py")
 

@@ -374,6 +374,7 @@ def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(
     assert "epoch" not in metrics(whole)[0] and metrics(whole)[0]["total"] > 0
 
 
+@pytest.mark.slow
 def test_two_real_processes_train_what_one_trains_and_save_the_lanes_of_both(parquet: Path, tmp_path: Path) -> None:
     one = train(stream_config(tmp_path / "one", parquet))
     config = stream_config(tmp_path / "two", parquet)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 FAULTS = Path(__file__).parent / "faults"
 NUMBER = 48  # of 19 kinds in turn
 

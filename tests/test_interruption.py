@@ -115,6 +115,7 @@ def test_a_data_worker_obeys_its_parent_alone():
     assert parent.wait(timeout=10) == 0
 
 
+@pytest.mark.slow
 def test_a_run_under_torchrun_stops_on_sigterm_and_goes_on_as_if_nothing_had_happened(tmp_path):
     images = write_splits(tmp_path / "images")
     settings = {

@@ -21,6 +21,8 @@ from tiny import DISCRIMINATOR, tiny_config, write_splits
 from vqgan_accel.config import save_config
 from vqgan_accel.interruption import EXIT_INTERRUPTED
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parent.parent
 LAUNCH = REPOSITORY / "launch"
 FILES = {  # machines, processes over all machines

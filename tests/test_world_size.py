@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from world_size import CASES, CHANGED_AT, CHANGES, QUANTIZERS, START, STEPS, Case
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = 1e-5  # relative: of the largest entry of each tensor
 OF_THE_WAY = 1e-4  # relative: of the distance from the initial weights
 LOSSES = 1e-4
