@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from gpu_check import Check, Runner  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checks", ["a,b train ema d,e,f,g", "c,d,h"])
 def test_every_check_completes_on_a_cpu(checks, tmp_path):
     result = subprocess.run(
