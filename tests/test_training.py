@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import DISCRIMINATOR, merged, tiny_config, write_images
 
+from vqgan_accel.cli import main
 from vqgan_accel.config import Config, load_config, save_config
+from vqgan_accel.interruption import EXIT_INTERRUPTED
 from vqgan_accel.run_folder import checkpoints
 from vqgan_accel.training import checkpoint, loop, setup, steps
 from vqgan_accel.training.checkpoint import save_checkpoint
@@ -161,7 +163,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
-def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(tmp_path):
+def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "HELD_PATIENCE", 0.2)  # seconds, in place of minutes, for its former self to end
     config = tiny_config(tmp_path)
     run = train(config)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -177,6 +180,34 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(t
     before[run / ".lock"] = (run / ".lock").stat().st_mtime_ns
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     train(config, resume=True)
+
+
+def test_a_requeued_job_waits_for_its_former_self_and_is_told_to_start_again(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path)
+    save_config(config, tmp_path / "tiny.yaml")
+    run = train(config)
+    script = "import sys, time; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
+    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(float(sys.argv[2]))"
+
+    def held_for(seconds: float) -> None:
+        command = [sys.executable, "-c", script, str(run), str(seconds)]
+        other = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        assert other.stdout and other.stdout.readline() == "locked\n"
+        others.append(other)
+
+    others: list[subprocess.Popen[str]] = []
+    try:
+        held_for(2)
+        assert main(["train", str(tmp_path / "tiny.yaml"), "--resume"]) == 0
+        monkeypatch.setattr(setup, "HELD_PATIENCE", 0.2)
+        held_for(60)
+        assert main(["train", str(tmp_path / "tiny.yaml"), "--resume"]) == EXIT_INTERRUPTED
+        assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+    assert capsys.readouterr().err.count("another process is at work in") == 2
 
 
 def test_a_changed_setting_takes_effect_where_a_run_is_resumed(tmp_path, capsys):
