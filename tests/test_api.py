@@ -95,6 +95,7 @@ def imported(code: str) -> list[str]:
 COMMAND = "from vqgan_accel.cli import main; main({})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "expected"),
     [

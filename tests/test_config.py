@@ -466,6 +466,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(values=valid_values())
 def test_a_saved_config_loads_to_an_equal_object(values, tmp_path_factory):
@@ -499,6 +500,7 @@ junk = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dict
 TOP = sorted(Config.model_fields)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(TOP) | keys, junk, max_size=6))
 def test_junk_is_refused_with_a_value_error_or_is_a_config(values):

@@ -140,6 +140,7 @@ print("ended")
 """
 
 
+@pytest.mark.slow
 def test_the_loader_ends_where_a_worker_died_holding_a_lock_that_its_end_waits_for(paths):
     """As one in fifty does that are killed; without the way around it this waits for ever."""
     command = [sys.executable, "-c", HELD_LOCK, str(Path(__file__).parent), str(paths[0])]

@@ -127,6 +127,7 @@ def test_a_lane_gives_each_row_of_its_shards_once_a_pass(parquet: Path, block: i
         assert passes[0] != passes[1] != own
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12), st.integers(0, 70))
 @settings(max_examples=60, deadline=None)
 def test_a_lane_resumes_at_any_row(parquet: Path, block: int, count: int) -> None:
@@ -359,6 +360,7 @@ def stream_config(folder: Path, parquet: Path, **data: Any) -> Any:
     return tiny_config(folder, data=given | data, training=STEPS)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(
     parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

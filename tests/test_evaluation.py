@@ -584,6 +584,7 @@ with leaving_process_group():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_give_the_results_of_one(
     saved: Path, seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -673,6 +674,7 @@ def three(
     return {case: (calls[i], [rank[i] for rank in by_rank]) for i, case in enumerate(CASES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_three_processes_give_the_results_of_one_on_each_of_them(
     case: str, three: dict[str, tuple[Arguments, list[dict[str, Any]]]], small_features: None, here: Path

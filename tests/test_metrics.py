@@ -475,7 +475,7 @@ def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
 
 
 def test_rfid_sees_images_as_torch_fidelity_does(inception_file: Path, quick_inception: None) -> None:
-    theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))
+    theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file)).eval()
     images = (F.interpolate(torch.rand(1, 3, 8, 8), (64, 64), mode="bilinear") * 255).byte()
     assert relative_error(inception_frechet(str(inception_file)).inception(images), theirs(images)[0]) <= 1e-5
 

@@ -186,6 +186,7 @@ def kill_all_with(word: str) -> None:
                 pass
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards_and_what_is_left_after_a_kill_is_done_by_one(
     images: Path, tokenizer: ImageTokenizer, tmp_path: Path
 ) -> None:

@@ -344,6 +344,7 @@ def test_a_resumed_run_goes_on_in_its_tensorboard_curves(tmp_path):
     assert not any("step_time" in line for line in metrics(run))  # which would differ from an uninterrupted run's
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path):
     tracking = {"trackers": ["wandb"], "wandb_mode": "offline"}
     identities = set()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
+from packaging.version import Version
 
 
 def accelerator_device() -> torch.device | None:
@@ -30,3 +33,11 @@ def safe_global(name: type) -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def destroy_process_group() -> None:
+    """torch.distributed's, which before torch 2.8 waits for gloo's threads and keeps Python's lock meanwhile: one that
+    still holds the last collective's tensors needs it to let them go (pytorch pull request 154976)."""
+    if Version(torch.__version__) < Version("2.8"):
+        time.sleep(0.1)  # it gets the lock and is done
+    dist.destroy_process_group()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqgan_accel.compat import destroy_process_group
+
 T = TypeVar("T")
 
 
@@ -106,7 +108,7 @@ def leaving_process_group() -> Iterator[None]:
         yield
     except BaseException:
         if dist.is_initialized() and dist.get_backend() == "gloo":
-            dist.destroy_process_group()
+            destroy_process_group()
         raise
     if dist.is_initialized():
-        dist.destroy_process_group()
+        destroy_process_group()
