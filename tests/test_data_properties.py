@@ -32,6 +32,8 @@ from vqgan_accel.data.hub import HubSource
 from vqgan_accel.data.source import decode_image
 from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_crop, training_view
 
+pytestmark = pytest.mark.slow
+
 Pixels = NDArray[np.uint8]
 
 # ---- sizes

@@ -182,6 +182,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(t
     train(config, resume=True)
 
 
+@pytest.mark.slow
 def test_a_requeued_job_waits_for_its_former_self_and_is_told_to_start_again(tmp_path, monkeypatch, capsys):
     config = tiny_config(tmp_path)
     save_config(config, tmp_path / "tiny.yaml")
