@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -154,6 +156,49 @@ def test_workers_are_outside_of_the_group_that_signals_reach(paths):
     next(batches), next(batches)  # one of each worker
     groups = {os.getpgid(worker.pid) for worker in loader._iterator._workers}
     assert len(groups) == 2 and os.getpgid(0) not in groups
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+multiprocessing.set_start_method("forkserver")  # Python 3.14's default, under which workers would have another parent
+from torch.utils.data._utils import worker
+worker.MP_STATUS_CHECK_INTERVAL = 600  # torch's own look for the parent's end
+from test_data_loading import evaluate, train
+
+loaders = [train([Path(sys.argv[2])], workers=2), evaluate([Path(sys.argv[2])], workers=1)]
+batches = [iter(loader) for loader in loaders]
+for each in batches:
+    next(each)
+workers = [worker for loader in loaders for worker in loader._iterator._workers]
+print(*(type(worker).__name__ for worker in workers), flush=True)
+print(*(worker.pid for worker in workers), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_are_forked_whatever_pythons_default_and_end_with_their_process(paths, number):
+    command = [sys.executable, "-c", ORPHANS, str(Path(__file__).parent), str(paths[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline().split() == ["ForkProcess"] * 3
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert all(state_of(pid) in "SRD" for pid in workers)
+        process.send_signal(number)
+    end = time.monotonic() + 30
+    while any(state_of(pid) not in "ZX" for pid in workers) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(state_of(pid) in "ZX" for pid in workers)
+
+
+def state_of(pid):
+    """S: sleeping, R: running, D: waiting for a disk; Z: ended and not yet collected, X: gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 # ---- broken images

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -96,6 +98,7 @@ def test_two_machines_with_the_two_node_file_form_one_run(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # so that what a launcher has started can be ended with it
         )
         for rank in (0, 1)
     ]
@@ -103,7 +106,9 @@ def test_two_machines_with_the_two_node_file_form_one_run(tmp_path):
         outputs = [machine.communicate(timeout=90)[0] for machine in machines]
     finally:
         for machine in machines:
-            machine.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(machine.pid, signal.SIGKILL)
+            machine.wait()
     for rank, output in enumerate(outputs):
         assert f"WHO 2 {rank} bf16 MULTI_CPU" in output, output
 
