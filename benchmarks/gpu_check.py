@@ -576,11 +576,13 @@ def check_bf16(place: Place) -> None:
     setup = recipe(place, "training.mixed_precision=bf16")
     long, short = (24, 16) if place.cuda else (4, 5)
     tokenizer, discriminator = ((setup.state.tokenizer, "tokenizer"), (setup.state.discriminator, "discriminator"))
+    # training/setup.py has D contiguous on a GPU and in channels_last on a CPU: the other one is tried
+    d_name, d_format = ("channels_last", torch.channels_last) if place.cuda else ("contiguous", torch.contiguous_format)
     phases = [
         Phase("bf16", long + 1, 4),  # then three plain steps come, and one with R1
         Phase("bf16, profiled", 3, 0, partial(profiled, place, "plain steps", 3)),
         Phase("bf16, R1 profiled", 1, 0, partial(profiled, place, "R1 step", 1)),
-        Phase("bf16, D contiguous", short, 4, partial(layout, setup, *discriminator, torch.contiguous_format)),
+        Phase(f"bf16, D {d_name}", short, 4, partial(layout, setup, *discriminator, d_format)),
         Phase("bf16, tokenizer channels_last", short, 4, partial(layout, setup, *tokenizer, torch.channels_last)),
         Phase("bf16, as it is, again", short, 4),
         Phase("bf16, cudnn.benchmark", long, 8, cudnn_benchmark),
@@ -654,7 +656,8 @@ def record_ceilings(place: Place, dtype: torch.dtype) -> None:
 @contextmanager
 def layout(setup: Any, network: torch.nn.Module, name: str, memory_format: torch.memory_format) -> Iterator[None]:
     """The network's weights and moments in another memory format, and back."""
-    usual = torch.channels_last if name == "discriminator" else torch.contiguous_format
+    weights = [parameter for parameter in network.parameters() if parameter.dim() == 4 and min(parameter.shape[1:]) > 1]
+    usual = torch.contiguous_format if weights[0].is_contiguous() else torch.channels_last
 
     def turn(to: torch.memory_format) -> None:
         network.to(memory_format=to)

@@ -113,7 +113,7 @@ def set_up(config: Config, resume: bool) -> Setup:
         model.quantizer.requires_grad_(False)
     perceptual = build_perceptual(config.losses, config.weights)
     # The tokenizer stays as it is, for GroupNorm is slow in this layout (docs/performance.md), and so does D on a GPU,
-    # where its blur is (docs/gpu).
+    # where its blur is slow in it (docs/gpu).
     for network in (d_model if device.type == "cpu" else None, perceptual):
         if network is not None:
             network.to(memory_format=torch.channels_last)
