@@ -42,7 +42,8 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python -m vqgan_accel train "$@"' \
     train "$@" --resume || status=$?
 
-# 75: the processes were signalled, have saved, and want to go on. (scancel ends this script too, before it comes here.)
+# 75: the processes were signalled, have saved, and want to go on; or this job's former self, on another machine, still
+# held the run's folder. (scancel ends this script too, before it comes here.)
 if [[ $status -eq 75 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import reset_accelerate
-from tiny import DISCRIMINATOR, tiny_config
+from tiny import DISCRIMINATOR, tiny_config, write_images
 
 from vqgan_accel.accelerator import processes_asked_for, start_accelerator
-from vqgan_accel.config import parse_config
+from vqgan_accel.config import DataConfig, parse_config
 from vqgan_accel.data.content import content_hash, content_sum
 from vqgan_accel.data.folder import FolderSource
+from vqgan_accel.data.make_beton import BetonOptions, make_betons
+from vqgan_accel.data.opening import open_indexed
 from vqgan_accel.describe import perceptual_flop
 from vqgan_accel.evaluation.reconstruct import reconstruct
+from vqgan_accel.run_folder import FolderHeldError
 from vqgan_accel.training.loop import train
+
+REPOSITORY = Path(__file__).parent.parent
 
 EMA = {"data": {"path": "x"}, "training": {"max_steps": 1}, "quantizer": {"type": "ema", "num_codes": 64, "decay": 0.9}}
 
@@ -106,3 +114,26 @@ def test_the_perceptual_networks_cost_what_counting_them_gives(network, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shell.to("meta")(images, images)
     assert perceptual_flop(config.losses, size) == pytest.approx(counter.get_total_flops(), rel=1e-4)
+
+
+def test_a_name_that_is_no_utf8_is_told_with_the_backend_that_reads_it(tmp_path):
+    write_images(tmp_path / "images" / "train", 2)
+    os.rename(tmp_path / "images" / "train" / "000.png", os.fsencode(tmp_path / "images" / "train") + b"/caf\xe9.png")
+    data = DataConfig(path=str(tmp_path / "images"), backend="hub")
+    with pytest.raises(ValueError, match=r"caf.\.png in data\.path .* not UTF-8.*data\.backend=folder"):
+        open_indexed(data, "train")
+    assert len(open_indexed(data.model_copy(update={"backend": "folder"}), "train")) == 2
+
+
+def test_two_make_betons_in_one_folder_are_kept_apart(tmp_path):
+    write_images(tmp_path / "images" / "train", 2)
+    (tmp_path / "betons").mkdir()
+    script = "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
+    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "betons")]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "locked\n"
+        data = DataConfig(path=str(tmp_path / "images"), workers=0)
+        with pytest.raises(FolderHeldError, match=r"another process is at work in .*betons"):
+            make_betons(data, tmp_path / "betons", BetonOptions(64, "raw", 95))
+        assert [path.name for path in (tmp_path / "betons").iterdir()] == [".lock"]
