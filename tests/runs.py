@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from vqgan_accel.training import loop
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -31,6 +37,29 @@ def assert_same_bits(a: Path, b: Path) -> None:
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
     assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from vqgan_accel.run_folder import lock
+
+held = lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the lock of `folder` while it is open; killing it lets go sooner."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "locked\n"
+            yield other
+        finally:
+            other.kill()  # its lock goes with it
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

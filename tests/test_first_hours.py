@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import reset_accelerate
+from runs import held_by_another
 from tiny import DISCRIMINATOR, tiny_config, write_images
 
 from vqgan_accel.accelerator import processes_asked_for, start_accelerator
@@ -21,8 +20,6 @@ from vqgan_accel.describe import perceptual_flop
 from vqgan_accel.evaluation.reconstruct import reconstruct
 from vqgan_accel.run_folder import FolderHeldError
 from vqgan_accel.training.loop import train
-
-REPOSITORY = Path(__file__).parent.parent
 
 EMA = {"data": {"path": "x"}, "training": {"max_steps": 1}, "quantizer": {"type": "ema", "num_codes": 64, "decay": 0.9}}
 
@@ -128,11 +125,7 @@ def test_a_name_that_is_no_utf8_is_told_with_the_backend_that_reads_it(tmp_path)
 def test_two_make_betons_in_one_folder_are_kept_apart(tmp_path):
     write_images(tmp_path / "images" / "train", 2)
     (tmp_path / "betons").mkdir()
-    script = "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
-    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(tmp_path / "betons")]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout and other.stdout.readline() == "locked\n"
+    with held_by_another(tmp_path / "betons"):
         data = DataConfig(path=str(tmp_path / "images"), workers=0)
         with pytest.raises(FolderHeldError, match=r"another process is at work in .*betons"):
             make_betons(data, tmp_path / "betons", BetonOptions(64, "raw", 95))

@@ -21,6 +21,7 @@ from helpers import TAMING, tiny_tokenizer
 from images import truncate
 from PIL import Image
 from pyarrow import parquet
+from runs import held_by_another
 from tiny import write_images
 from torchvision.transforms import TenCrop
 
@@ -365,19 +366,10 @@ def test_while_another_process_is_at_work_nothing_is_written(
 ) -> None:
     tokens = tmp_path / "tokens"
     tokens.mkdir()
-    script = (
-        "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock; file = lock(Path(sys.argv[1]))"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"{script}; print(flush=True); input()", str(tokens)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None and holder.stdout.readline()
-    assert main(command(images)) == 2
-    assert f"another process is at work in {tokens}" in capsys.readouterr().err
-    assert not (tokens / "manifest.json").exists()
-    holder.communicate(b"\n")
+    with held_by_another(tokens):
+        assert main(command(images)) == 2
+        assert f"another process is at work in {tokens}" in capsys.readouterr().err
+        assert not (tokens / "manifest.json").exists()
     assert main(command(images)) == 0
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from runs import assert_same_bits, metrics, tensors
+from runs import assert_same_bits, held_by_another, metrics, tensors
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import DISCRIMINATOR, merged, tiny_config, write_images
@@ -168,15 +169,8 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(t
     config = tiny_config(tmp_path)
     run = train(config)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    script = "import sys; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
-    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(run)]
-    other = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout and other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match=f"another process is at work in {run}"):
+    with held_by_another(run), pytest.raises(ValueError, match=f"another process is at work in {run}"):
         train(config, resume=True)
-    other.kill()  # its lock goes with it
-    other.communicate()
     before[run / ".lock"] = (run / ".lock").stat().st_mtime_ns
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     train(config, resume=True)
@@ -187,27 +181,14 @@ def test_a_requeued_job_waits_for_its_former_self_and_is_told_to_start_again(tmp
     config = tiny_config(tmp_path)
     save_config(config, tmp_path / "tiny.yaml")
     run = train(config)
-    script = "import sys, time; from pathlib import Path; from vqgan_accel.run_folder import lock\n"
-    script += "held = lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(float(sys.argv[2]))"
-
-    def held_for(seconds: float) -> None:
-        command = [sys.executable, "-c", script, str(run), str(seconds)]
-        other = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-        assert other.stdout and other.stdout.readline() == "locked\n"
-        others.append(other)
-
-    others: list[subprocess.Popen[str]] = []
-    try:
-        held_for(2)
+    with held_by_another(run) as former:
+        threading.Timer(2, former.kill).start()
         assert main(["train", str(tmp_path / "tiny.yaml"), "--resume"]) == 0
-        monkeypatch.setattr(setup, "HELD_PATIENCE", 0.2)
-        held_for(60)
+        assert former.poll() is not None  # it was waited for
+    monkeypatch.setattr(setup, "HELD_PATIENCE", 0.2)
+    with held_by_another(run):
         assert main(["train", str(tmp_path / "tiny.yaml"), "--resume"]) == EXIT_INTERRUPTED
         assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
-    finally:
-        for other in others:
-            other.kill()
-            other.communicate()
     assert capsys.readouterr().err.count("another process is at work in") == 2
 
 

@@ -13,10 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT_INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: start the same command again with --resume
-DATA_WORKERS = "fork"  # how they are started: from Python 3.14 on the default is another, under which their parent is
-# not the training process, whose signals and whose end they must know
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST = 1.0  # seconds in which repeated signals are one request: launchers pass on what a process got already
@@ -80,6 +79,19 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         listener.join()
         os.close(read_end)
         os.close(write_end)
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """A DataLoader's, for `workers` of them.
+
+    Forked: from Python 3.14 on the default is another, under which their parent is not the training process, whose
+    signals and whose end they must know.
+    """
+    return {
+        "num_workers": workers,
+        "worker_init_fn": shield_data_worker,
+        "multiprocessing_context": "fork" if workers else None,
+    }
 
 
 def shield_data_worker(worker: int) -> None:

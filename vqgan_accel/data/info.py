@@ -22,7 +22,7 @@ from vqgan_accel.data.opening import open_indexed, require_apart, require_reader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
-from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
+from vqgan_accel.interruption import worker_options
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels
 RATE_SECONDS = 2.0  # of decoding for each backend
@@ -92,13 +92,7 @@ def data_info(config: DataConfig, output: Path, with_hash: bool = False) -> list
 
 
 def split_info(source: ImageSource, workers: int, title: str) -> SplitInfo:
-    facts: DataLoader[Facts] = DataLoader(
-        _Facts(source),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=shield_data_worker,
-        multiprocessing_context=DATA_WORKERS if workers else None,
-    )
+    facts: DataLoader[Facts] = DataLoader(_Facts(source), batch_size=None, **worker_options(workers))
     info = SplitInfo()
     for index, (width, height, mode, broken) in enumerate(tqdm(facts, desc=title, unit="image", dynamic_ncols=True)):
         info.images += 1

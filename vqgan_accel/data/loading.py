@@ -23,7 +23,7 @@ from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.transforms import to_rgb, training_view, views_of
-from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
+from vqgan_accel.interruption import worker_options
 
 if TYPE_CHECKING:
     from vqgan_accel.data.ffcv import FfcvLoader
@@ -247,10 +247,8 @@ def _pass_over_killed_workers(iterator: Any) -> None:
 
 def _loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     return {
-        "num_workers": config.workers,
+        **worker_options(config.workers),
         "persistent_workers": config.workers > 0,
-        "worker_init_fn": shield_data_worker,
-        "multiprocessing_context": DATA_WORKERS if config.workers else None,
         "pin_memory": pin_memory,
         "collate_fn": partial(_collate, config.image_size),
         "generator": torch.Generator(),  # else each iteration would draw a seed from torch's global state

@@ -35,7 +35,7 @@ from vqgan_accel.data.beton import (
 from vqgan_accel.data.loading import REMEDY, Failure, read_image
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of
 from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
-from vqgan_accel.interruption import DATA_WORKERS, shield_data_worker
+from vqgan_accel.interruption import worker_options
 from vqgan_accel.run_folder import lock, naming, sync
 
 WriteMode = Literal["jpg", "raw", "smart"]
@@ -185,12 +185,7 @@ def _flush(file: IO[bytes]) -> None:
 def _encoded(source: ImageSource, config: DataConfig, options: BetonOptions) -> Iterator[Encoded | Failure]:
     """In the order of the source."""
     loader: DataLoader[Any] = DataLoader(
-        _Encoder(source, options),
-        batch_size=CHUNK,
-        num_workers=config.workers,
-        worker_init_fn=shield_data_worker,
-        multiprocessing_context=DATA_WORKERS if config.workers else None,
-        collate_fn=list,
+        _Encoder(source, options), batch_size=CHUNK, collate_fn=list, **worker_options(config.workers)
     )
     for chunk in loader:
         yield from chunk

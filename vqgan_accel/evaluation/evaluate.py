@@ -116,14 +116,14 @@ def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Pat
     accelerator = start_accelerator("no")
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
-    metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
-    if (number := count_images(source)) is not None:
-        metrics.require(number)
     home = (config_file.parent if config_file else folder) / EVALUATION
     if not model.is_dir():  # a name on the hub: not among its cached files
         home = Path(EVALUATION, model)
     output = Path(output or home / settings.split)
     require_apart(output, config.data, "--output")
+    metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
+    if (number := count_images(source)) is not None:
+        metrics.require(number)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     batches = evaluation_loader(

@@ -82,9 +82,6 @@ def set_up(config: Config, resume: bool) -> Setup:
             f"the processes see different training images ({images} on process {accelerator.process_index}); data.path "
             "must lead to the same ones on every machine"
         )
-    if config.data.expected_hash is not None:
-        assert isinstance(training_source, ImageSource)  # the config refuses it for streams
-        require_content(training_source, config.data.workers, config.data.expected_hash)
     plan = make_plan(config, count_images(training_source), accelerator.num_processes)
     run, held = Path(config.output_dir), ExitStack()
     decided_by_main(lambda: lock_run_folder(run, held, resume))
@@ -122,6 +119,9 @@ def set_up(config: Config, resume: bool) -> Setup:
     )
     if (number := count_images(validation_source)) is not None:
         metrics.require(number)
+    if config.data.expected_hash is not None:  # after all that is refused without reading every image
+        assert isinstance(training_source, ImageSource)  # the config refuses it for streams
+        require_content(training_source, config.data.workers, config.data.expected_hash)
     decided_by_main(lambda: open_run_folder(run, held, resuming=checkpoint is not None))
 
     average = None
