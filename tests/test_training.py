@@ -28,7 +28,7 @@ from vqgan_accel.run_folder import checkpoints
 from vqgan_accel.training import checkpoint, loop, setup, steps
 from vqgan_accel.training.checkpoint import save_checkpoint
 from vqgan_accel.training.loop import train
-from vqgan_accel.training.tracking import trim_metrics
+from vqgan_accel.training.tracking import trim_lines
 
 REPOSITORY = Path(__file__).parent.parent
 # everything that a checkpoint must carry: averages, an EMA codebook with re-initialisation, a GAN with lazy R1
@@ -305,7 +305,7 @@ def test_metrics_are_cut_at_the_resumed_step_and_of_what_is_no_line(tmp_path, re
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "total": 1.0}) for step in (1, 2, 3, 3, 4)]
     file.write_text("\n".join(lines) + "\n" + rest)
-    trim_metrics(file, 3)
+    trim_lines(file, 3)
     assert file.read_text().splitlines() == lines[:4]
 
 

@@ -181,6 +181,14 @@ def build_parser() -> argparse.ArgumentParser:
     exports.add_argument("--push", metavar="USER/NAME", help="hub: upload it there, too")
     exports.add_argument("--private", action="store_true", help="with --push: a repository that is new is private")
 
+    reports = add("report", "One page of one run, or of several over each other: curves, pictures, scores.", run_report)
+    reports.add_argument("runs", type=Path, nargs="+", metavar="run", help="output_dir of a training")
+    reports.add_argument("--output", type=Path, help="HTML file (default: report.html in the run; of several: here)")
+
+    compares = add("compare", "Runs side by side as a table: configs, progress, scores that compare.", run_compare)
+    compares.add_argument("runs", type=Path, nargs="+", metavar="run", help="output_dir of a training")
+    compares.add_argument("--format", choices=("text", "csv", "markdown"), default="text", help="default: text")
+
     add("recipes", "The recipes that come with vqgan_accel, a line each.", run_recipes)
 
     launch_files = add(
@@ -346,6 +354,18 @@ def run_export(options: argparse.Namespace) -> None:
     print("\n".join(export_hub(options.path, options.output, options.push)))
     if options.push:
         print(f"pushed to {push_to_hub(options.output, options.push, options.private)}")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from vqgan_accel.report import report
+
+    print(report(options.runs, options.output))
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from vqgan_accel.report import compare
+
+    print(compare(options.runs, options.format), end="")
 
 
 def run_doctor(options: argparse.Namespace) -> None:

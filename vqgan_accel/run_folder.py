@@ -2,6 +2,10 @@
 
 RUN/config.yaml                    the resolved config
 RUN/metrics.jsonl                  one JSON object per logged step
+RUN/clock.jsonl                    how long those steps took, by the clock of the machine
+RUN/starts.jsonl                   one JSON object for each time that training was started: machine, versions, images
+RUN/validation.json                the last validation: its protocol, and how often it used each code
+RUN/report.html                    all of it to be looked at, written at the end of training
 RUN/.lock                          held by the process that trains there
 RUN/wandb_id                       the id of the run on wandb, where it is tracked there
 RUN/images/step_00001000.png       validation originals over reconstructions
@@ -26,6 +30,11 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 ASK_AGAIN = 1.0  # seconds between two tries to get it
 METRICS = "metrics.jsonl"
+CLOCK = "clock.jsonl"
+STARTS = "starts.jsonl"
+VALIDATION = "validation.json"
+REPORT = "report.html"
+PICTURES = "images"  # a folder of one for each validation
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
@@ -44,8 +53,18 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def picture_file(run: Path, step: int) -> Path:
+    """Of a validation: originals over reconstructions."""
+    return run / PICTURES / f"{step_name(step)}.png"
+
+
+def pictures(run: Path) -> dict[int, Path]:
+    """Step of a validation -> its picture, in the order of the steps."""
+    return {step_of(file.with_suffix("")): file for file in sorted((run / PICTURES).glob("step_*.png"))}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -143,8 +162,30 @@ def lock(run: Path, patience: float = 0.0) -> IO[str]:
         return file
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    write_atomically(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """One JSON object as a line of its own at the end of the file."""
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; what is none, such as a last line that was cut off, is passed over. Empty
+    where there is no file."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def find_tokenizer(path: Path) -> tuple[Path, Path | None]:

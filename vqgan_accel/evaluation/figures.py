@@ -31,6 +31,21 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 
     return Image.fromarray(canvas)
 
 
+def grid_tiles(grid: Image.Image, size: int, gap: int = 2) -> list[tuple[Image.Image, Image.Image]]:
+    """(original, reconstruction) of every image of size x size pixels in what reconstruction_grid drew. ValueError
+    where the picture is none of that size."""
+    step = size + gap
+    if (grid.width + gap) % step or (grid.height + gap) % (2 * step):
+        raise ValueError(f"a picture of {grid.width} x {grid.height} px is no grid of images of {size} px")
+    tiles = []
+    for top in range(0, grid.height, 2 * step):
+        for left in range(0, grid.width, step):
+            pair = [grid.crop((left, y, left + size, y + size)).convert("RGB") for y in (top, top + step)]
+            if any(tile.getextrema() != ((255, 255),) * 3 for tile in pair):  # where images end the canvas is white
+                tiles.append((pair[0], pair[1]))
+    return tiles
+
+
 def codebook_histogram(counts: Tensor, perplexity: float, usage: float) -> Figure:
     """counts (K,) -> each code's share of all tokens, most used first, beside the even share 1/K."""
     share = np.sort(counts.cpu().numpy().astype(float))[::-1] / max(1, int(counts.sum()))

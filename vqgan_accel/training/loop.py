@@ -23,18 +23,19 @@ from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import global_index
 from vqgan_accel.distributed import decided_by_main, gathered, num_processes, sum_over_processes
-from vqgan_accel.evaluation.evaluate import evaluate_tokenizer
+from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
-from vqgan_accel.run_folder import naming, step_name
+from vqgan_accel.run_folder import VALIDATION, checkpoints_folder, naming, picture_file, write_json
 from vqgan_accel.training.checkpoint import save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
 from vqgan_accel.training.pace import Pace
 from vqgan_accel.training.plan import Plan
 from vqgan_accel.training.setup import Setup, set_up
 from vqgan_accel.training.steps import GeneratorStep, discriminator_backward, generator_backward
+from vqgan_accel.training.tracking import log_line
 
 
 def train(config: Config, resume: bool = False) -> Path:
@@ -163,14 +164,18 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
             }
             if warning := pace.warning(config.data, backend):
                 tracking.say(warning)
-            tracking.log(progress.step, values, wall_clock=pace.report())
+            clock = pace.report()
+            tracking.log(progress.step, values, clock)
+            left = pace.time_left(plan, progress.step, clock["step_time"])
+            tracking.say(log_line(progress.step, plan.total_steps, values, clock, left))
         if progress.bad_steps_in_a_row >= config.training.max_bad_steps:
             stop_diverged(setup)
 
         # ---- validate
         is_best = False
         if finished or progress.step % plan.validate_every == 0:
-            is_best = validate(setup)
+            with pace.validation():
+                is_best = validate(setup)
 
         # ---- save; and stop, if any process was asked to
         if finished or is_best or stop or progress.step % plan.checkpoint_every == 0:
@@ -183,6 +188,7 @@ def run_steps(setup: Setup, config: Config, stop_request: StopRequest) -> Path:
                 "--resume"
             )
 
+    decided_by_main(lambda: write_report(setup))
     tracking.close()
     return setup.run
 
@@ -233,23 +239,35 @@ def validate(setup: Setup) -> bool:
             setup.accelerator.device,
             setup.plan.config.data.image_size,
             setup.plan.config.evaluation.grid_images,
+            hash_pixels=setup.validation_protocol is None,  # the images are the same ones every time
         )
+    if setup.validation_protocol is None:
+        setup.validation_protocol = protocol(setup.plan.config, evaluation, setup.metrics)
     setup.tracking.log(step, {f"validation/{name}": value for name, value in evaluation.results.items()})
     listed = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.results.items())
     setup.tracking.say(f"step {step}: validation on {evaluation.num_images} images: {listed}")
-    if setup.accelerator.is_main_process and len(evaluation.originals):
-        grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
-        picture = setup.run / "images" / f"{step_name(step)}.png"
-        with naming(picture):
-            picture.parent.mkdir(exist_ok=True)
-            grid.save(picture)
-        setup.tracking.picture(step, "validation", grid)
+    decided_by_main(lambda: record_validation(setup, evaluation))
     value = evaluation.results[training.best_metric]
     sign = -1 if training.best_metric in LOWER_IS_BETTER else 1
     is_best = math.isfinite(value) and (state.progress.best is None or sign * value > sign * state.progress.best)
     if is_best:
         state.progress.best, state.progress.best_step = value, step
     return is_best
+
+
+def record_validation(setup: Setup, evaluation: Evaluation) -> None:
+    """What a report shows of it beside the results. One process calls it."""
+    step, images_protocol = setup.state.progress.step, setup.validation_protocol
+    assert images_protocol is not None
+    record = {"step": step, "protocol": images_protocol, "fingerprint": fingerprint(images_protocol)}
+    write_json(setup.run / VALIDATION, record | {"code_counts": evaluation.code_counts.tolist()}, indent=None)
+    if len(evaluation.originals):
+        grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
+        picture = picture_file(setup.run, step)
+        with naming(picture):
+            picture.parent.mkdir(exist_ok=True)
+            grid.save(picture)
+        setup.tracking.picture(step, "validation", grid)
 
 
 def save(setup: Setup, extra: int = 0) -> None:
@@ -267,9 +285,28 @@ def save(setup: Setup, extra: int = 0) -> None:
     decided_by_main(write)
 
 
+def write_report(setup: Setup) -> None:
+    """RUN/report.html, and a last line that says where to go next. The training is done: nothing that goes wrong here
+    may undo it. One process calls it."""
+    from vqgan_accel.report import report  # its template engine is loaded for nothing else
+
+    progress, run = setup.state.progress, setup.run
+    try:
+        page = f"look at {report([run])}"
+    except Exception as error:
+        page = f"its report could not be written ({' '.join(str(error).split())})"
+    best, value = checkpoints_folder(run) / ("latest" if progress.best is None else "best"), ""
+    if progress.best is not None:
+        value = f" (step {progress.best_step:,}, {setup.plan.config.training.best_metric} {progress.best:.4g})"
+    setup.tracking.say(
+        f"trained {progress.step:,} steps; {page}; best checkpoint: {best}{value}; next: vqgan-accel evaluate {best}"
+    )
+
+
 def stop_diverged(setup: Setup) -> NoReturn:
     """The weights are those from before the skipped steps: save them, beside the older checkpoints, and stop."""
     save(setup, extra=1)
+    decided_by_main(lambda: write_report(setup))
     setup.tracking.close()
     number = setup.state.progress.bad_steps_in_a_row
     raise FloatingPointError(

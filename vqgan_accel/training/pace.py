@@ -1,12 +1,14 @@
-"""Where a step's time goes: does it wait for images?"""
+"""Where the time goes: does a step wait for images, and how long is it to the end?"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.training.plan import Plan
 
 T = TypeVar("T")
 BOTTLENECK = 0.1  # share of a step's time spent in waiting for images that is worth a warning
@@ -21,6 +23,8 @@ class Pace:
         self.started: float | None = None
         self.first = True
         self.warned = False
+        self.reported = time.perf_counter()  # when `report` was last called
+        self.validation_seconds = 0.0  # that the last one took
         self._reset()
 
     def _reset(self) -> None:
@@ -44,12 +48,30 @@ class Pace:
             self.first = False
             self._reset()
 
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.validation_seconds = time.perf_counter() - begun
+
     def report(self) -> dict[str, float]:
-        """Seconds a step: step_time, and data_time as the part of it in which the loop waited for images."""
-        steps = max(self.steps, 1)
+        """Seconds a step: step_time, and data_time as the part of it in which the loop waited for images; and
+        seconds, all that have passed since the last report, validations and checkpoints included."""
+        steps, now = max(self.steps, 1), time.perf_counter()
         values = {"data_time": self.data_seconds / steps, "step_time": self.step_seconds / steps}
+        values["seconds"], self.reported = now - self.reported, now
         self._reset()
         return values
+
+    def time_left(self, plan: Plan, step: int, step_time: float) -> str:
+        """In words, for a run that has done `step` steps and goes on at `step_time` seconds each; empty where nothing
+        is known yet."""
+        if not step_time or step == plan.total_steps:
+            return ""
+        validations = -(-plan.total_steps // plan.validate_every) - step // plan.validate_every
+        left = (plan.total_steps - step) * step_time + validations * self.validation_seconds
+        to_come = plan.discriminator_start is not None and step <= plan.discriminator_start < plan.total_steps
+        return f"{'more than ' if to_come else ''}{duration(left)} left"
 
     def warning(self, data: DataConfig, backend: str) -> str | None:
         """What to change where the loader is the bottleneck; once a run. To be asked before `report`."""
@@ -64,3 +86,14 @@ class Pace:
             f"the loader is the bottleneck: {self.data_seconds / self.step_seconds:.0%} of a step's time goes into "
             f"waiting for images; {remedy}"
         )
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 3 d 4 h, 2 h 05 min, 3 min 20 s, 45 s."""
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, batch_scale, flat_config, load_config, save_config
+from vqgan_accel.config import Config, batch_scale
 from vqgan_accel.data.content import require_content
 from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
 from vqgan_accel.data.opening import backend_of, count_images, open_source, require_apart, require_reader
@@ -28,11 +28,12 @@ from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
-from vqgan_accel.run_folder import CONFIG, METRICS, WANDB_ID, checkpoints, checkpoints_folder, lock, step_name, step_of
+from vqgan_accel.run_folder import checkpoints, checkpoints_folder, lock, step_name, step_of
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.initial import begin_with
 from vqgan_accel.training.plan import Plan, make_plan
+from vqgan_accel.training.record import changes_since_the_beginning, record_config, record_start
 from vqgan_accel.training.tracking import Tracking, check_trackers
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Setup:
     validation_batches: Iterable[Batch]
     metrics: Metrics
     tracking: Tracking
+    validation_protocol: dict[str, Any] | None = None  # known from the first validation on
 
 
 def set_up(config: Config, resume: bool) -> Setup:
@@ -155,6 +157,8 @@ def set_up(config: Config, resume: bool) -> Setup:
             )
     state.progress.training_images = images
     decided_by_main(lambda: record_config(run, config, resuming=checkpoint is not None))
+    validation_images = validation_source.fingerprint()
+    decided_by_main(lambda: record_start(accelerator, plan, state.progress, validation_images))
     show_banner(accelerator, plan, state.progress.step, checkpoint)
 
     pin_memory = device.type == "cuda"
@@ -257,35 +261,6 @@ def fill(state: TrainingState, checkpoint: Path, run: Path, config: Config) -> N
             f"checkpoint {checkpoint} does not fit this config, in which this is not as it was when the run began: "
             f"{'; '.join(changes)}; resume with the config it was trained with, or give another output_dir"
         ) from error
-
-
-def changes_since_the_beginning(run: Path, config: Config) -> list[str]:
-    """`key: before -> now`; empty where the run's config.yaml says the same."""
-    try:
-        return config_changes(load_config(run / CONFIG), config)
-    except (ValueError, FileNotFoundError) as error:  # another version's, or lost: no reason not to go on
-        return [f"in what way is not known ({error})"]
-
-
-def record_config(run: Path, config: Config, resuming: bool) -> None:
-    """Write the resolved config, once the checkpoint has been found to fit it. One process calls it."""
-    if resuming:
-        for change in changes_since_the_beginning(run, config):
-            print(f"config changed since the run began: {change}", flush=True)
-    else:
-        for name in (METRICS, WANDB_ID):  # of a run that never came to a checkpoint
-            (run / name).unlink(missing_ok=True)
-    save_config(config, run / CONFIG)
-
-
-def config_changes(old: Config, new: Config) -> list[str]:
-    before, after = (flat_config(config) for config in (old, new))
-    common = before.keys() & after.keys()  # a section of another type has other keys, of which its type tells
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and (key in common or key.endswith(".type"))
-    ]
 
 
 def adamw(plan: Plan) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What a run says: metrics.jsonl as the record of truth, trackers through Accelerate, messages beside the progress
-bar."""
+"""What a run says: metrics.jsonl as the record of truth, the clock beside it, trackers through Accelerate, messages
+above the progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from tqdm import tqdm
 from vqgan_accel.config import Config, TrackingConfig, flat_config
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.extras import EXTRAS, is_installed
-from vqgan_accel.run_folder import METRICS, WANDB_ID, naming, sync, write_atomically
+from vqgan_accel.run_folder import CLOCK, METRICS, WANDB_ID, append_line, read_lines, sync, write_atomically
+
+IN_A_LINE = {  # of the values of a step, where it has them, and what they are called there
+    "total": "loss",
+    "l1": "l1",
+    "l2": "l2",
+    "perceptual": "perceptual",
+    "generator": "G",
+    "discriminator": "D",
+    "adversarial_weight": "weight of G",
+    "epoch_codebook_usage": "codes in use, %",
+    "reinitialised_codes": "replaced codes",
+}
 
 
 class Tracking:
@@ -31,25 +43,26 @@ class Tracking:
         self, accelerator: Accelerator, config: Config, run: Path, resumed_step: int, total_steps: int
     ) -> None:
         self.accelerator = accelerator
-        self.file = run / METRICS
-        decided_by_main(lambda: trim_metrics(self.file, resumed_step))
+        self.file, self.clock = run / METRICS, run / CLOCK
+        decided_by_main(lambda: trim_lines(self.file, resumed_step))
+        decided_by_main(lambda: trim_lines(self.clock, resumed_step))
         if config.tracking.trackers:
             decided_by_main(lambda: start_trackers(accelerator, config, run, resumed_step))
         self.bar = tqdm(
             total=total_steps,
             initial=resumed_step,
             unit="step",
-            disable=not accelerator.is_main_process,
+            disable=None if accelerator.is_main_process else True,  # None: where nobody looks at a terminal
             dynamic_ncols=True,
         )
 
     def log(self, step: int, values: dict[str, float], wall_clock: dict[str, float] | None = None) -> None:
-        """One line of metrics.jsonl and one entry in each tracker. What the clock says goes to the trackers alone:
+        """One line of metrics.jsonl and one entry in each tracker. What the clock says goes into a file of its own:
         metrics.jsonl of a resumed run holds the bytes of an uninterrupted one's."""
         if self.accelerator.is_main_process:
-            line = json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}})
-            with naming(self.file), self.file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.file, {"step": step, **{name: _number(value) for name, value in values.items()}})
+            if wall_clock:
+                append_line(self.clock, {"step": step, **wall_clock})
         self._tell_trackers(lambda tracker: tracker.log(values | (wall_clock or {}), step=step))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
@@ -92,6 +105,16 @@ class Tracking:
                 self.say(f"tracker {tracker.name} failed and is left out from here on ({reason}); {self.file} goes on")
 
 
+def log_line(step: int, total_steps: int, values: dict[str, float], clock: dict[str, float], left: str) -> str:
+    """What the terminal shows of a logged step. `clock`: Pace.report's; `left`: Pace.time_left's."""
+    numbers = ", ".join(f"{word} {values[name]:.4g}" for name, word in IN_A_LINE.items() if name in values)
+    parts = [f"step {step:,} of {total_steps:,}: {numbers}"]
+    if clock["step_time"]:
+        waits = clock["data_time"] / clock["step_time"]
+        parts.append(f"{clock['step_time']:.3g} s a step" + (f", {waits:.0%} of it for images" if waits > 0.01 else ""))
+    return "; ".join([*parts, left] if left else parts)
+
+
 def start_trackers(accelerator: Accelerator, config: Config, run: Path, resumed_step: int) -> None:
     """A resumed run goes on in its old curves. What its interrupted self had logged past `resumed_step` is the same as
     what comes again: TensorBoard replaces it, wandb keeps the first. One process calls it."""
@@ -127,18 +150,11 @@ def check_trackers(config: TrackingConfig) -> None:
             )
 
 
-def trim_metrics(file: Path, last_step: int) -> None:
+def trim_lines(file: Path, last_step: int) -> None:
     """Drop what an interrupted run logged after the checkpoint that is resumed, and a half-written last line."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    write_atomically(file, "".join(kept))
+    if file.exists():
+        kept = [line for line in read_lines(file) if isinstance(line.get("step"), int) and line["step"] <= last_step]
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _number(value: float) -> float | str:
