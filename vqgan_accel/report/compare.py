@@ -161,7 +161,10 @@ def why_not(first: Scores, other: Scores) -> str:
     if not other.protocol or not first.protocol:
         return NO_PROTOCOL
     keys = [key for key in {**first.protocol, **other.protocol} if first.protocol.get(key) != other.protocol.get(key)]
-    told = [f"{key.replace('_', ' ')} {shown(other.protocol.get(key))} here" for key in keys]
+    told = [
+        f"{key.replace('_', ' ')} {shown(other.protocol.get(key))}, not {shown(first.protocol.get(key))}"
+        for key in keys
+    ]
     return f"does not compare with the table above: {'; '.join(told)}"
 
 

@@ -17,7 +17,7 @@ from vqgan_accel.run_folder import CLOCK, CONFIG, METRICS, STARTS, VALIDATION, W
 from vqgan_accel.training.checkpoint import Progress
 from vqgan_accel.training.plan import Plan
 
-PACKAGES = ("torch", "torchvision", "accelerate", "diffusers", "torchmetrics")  # whose versions decide numbers
+PACKAGES = ("torchvision", "accelerate", "diffusers", "torchmetrics")  # beside torch
 
 
 def changes_since_the_beginning(run: Path, config: Config) -> list[str]:
@@ -59,9 +59,8 @@ def record_start(accelerator: Accelerator, plan: Plan, progress: Progress, valid
 
 def versions() -> dict[str, str]:
     """Of what decides the numbers of a run."""
-    return {"vqgan_accel": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in PACKAGES
-    }
+    own = {"vqgan_accel": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def device_name(device: torch.device) -> str:
