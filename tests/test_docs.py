@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_config
+
+from vqgan_accel.training.loop import train
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +39,15 @@ def test_from_another_trainers_checkpoint_to_the_data_set_of_a_second_stage(tmp_
     with Image.open(tmp_path / "out" / "decoded.png") as picture:
         assert picture.height == 2 * 32 + 2
     assert len(list((tmp_path / "out" / "reconstructions").rglob("*.png"))) == 16
+
+
+def test_from_a_run_without_classes_to_the_data_set_of_a_second_stage(tmp_path: Path) -> None:
+    run = train(tiny_config(tmp_path))
+    script = [sys.executable, str(ROOT / "docs" / "second_stage.py"), str(tmp_path / "out"), "--run", str(run)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "16 grids of [4, 4] codes below 16" in done.stdout
+    assert "decoded.png: 000.png, 001.png, 002.png, 003.png from their codes" in done.stdout
+    with Image.open(tmp_path / "out" / "decoded.png") as picture:
+        assert picture.height == 2 * 16 + 2
