@@ -134,11 +134,12 @@ def bounds(field: FieldInfo) -> str:
     """Of the field's own constraints: `> 0`, `0 to 1`, ..."""
     known = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "min_length": "not empty"}
     found = []
-    for constraint in field.metadata:
-        for name, words in known.items():
+    for name, words in known.items():
+        for constraint in field.metadata:
             value = getattr(constraint, name, None)
             if value is not None:
                 found.append(words.format(value_text(value)))
+    for constraint in field.metadata:
         if getattr(constraint, "pattern", None) == "^[0-9a-f]{64}$":
             found.append("64 hexadecimal digits")
         elif getattr(constraint, "pattern", None) is not None:
@@ -157,7 +158,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         mantissa, _, exponent = repr(value).partition("e")
         return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-    return f"{value:,}".replace(",", "") if isinstance(value, int) else str(value)
+    return str(value)
 
 
 # ---- the page
