@@ -190,7 +190,7 @@ def test_commands_and_keys_that_are_not_there_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "```python\nnothing\n```\nvqgan-accel text\n```\n"
-        "vqgan-accel trian a.yaml\npython train.py a.yaml --resum   # why\nvqgan-accel train a.yaml data.pth=B seeds=1\n"
+        "vqgan-accel trian a.yaml\npython train.py a.yaml --resum  # why\nvqgan-accel train a.yaml data.pth=B seeds=1\n"
         "accelerate launch evaluate.py RUN --output DIR data.path=B\n```\n"
     )
     assert faults_of_commands(commands_of(page)) == [
