@@ -74,8 +74,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    # plain image files | Hugging Face datasets | betons by FFCV's own loader in training | betons by Pillow alone |
-    # what data.path turns out to be
+    # folder: plain image files; hub: Hugging Face data sets; ffcv: betons, in training by FFCV's own loader; beton: the
+    # same files by Pillow alone; auto: what data.path turns out to be
     backend: Literal["folder", "hub", "ffcv", "beton", "auto"] = "folder"
     path: str | None = None  # folder of images or betons, local data set, or (hub) its name on the Hugging Face hub
     subset: str | None = None  # hub: the configuration's name, for data sets that have several
@@ -86,13 +86,13 @@ class DataConfig(Section):
     streaming: bool = False  # hub: read in order while training, without downloading first
     shuffle_buffer: int = Field(1000, ge=1)  # streaming: images, over all processes, that are read and shuffled at once
     train_split: str = "train"  # folder: PATH/train; ffcv, beton: PATH/train.beton; hub: the split's name
-    validation_split: str = "validation"
-    test_split: str = "test"
+    validation_split: str = "validation"  # the same of the validation split
+    test_split: str = "test"  # the same of the test split
     expected_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of the training images' content, as
     # `vqgan-accel data-info CONFIG --hash` prints it: a run reads them all before its first step and refuses others
     image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size
     crop_scale: Annotated[tuple[float, float], Field(strict=False)] | None = (0.7, 1.0)  # training: area of the random
-    # square crop over the image's area, drawn as RandomResizedCrop(ratio=1) does; null: short side resized, centre crop
+    # square crop over the image's area, drawn as RandomResizedCrop(ratio=1) does; null: the central square
     horizontal_flip: bool = True  # training: flip with probability 1/2
     workers: int = Field(4, ge=0)  # loader processes per training process; ffcv: threads, no more than there are cores
     on_error: Literal["raise", "skip"] = "raise"  # a broken image stops the run, or is replaced, counted and reported
@@ -116,7 +116,7 @@ class ConvolutionalConfig(Section):
     `autoencoder.type` is `maskgit` where it is not given.
     """
 
-    channels: int = Field(128, gt=0)  # width of the first level
+    channels: int = Field(128, gt=0)  # width of the first level; times each multiplier, a multiple of 32 (GroupNorm)
     channel_multipliers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (1, 2, 2, 4)  # one per level
 
     @model_validator(mode="after")
@@ -133,17 +133,17 @@ class ConvolutionalConfig(Section):
 
 
 class MaskGITConfig(ConvolutionalConfig):
-    """The defaults are the seed's last revision (`head`) but for norm_variance, where that used `unbiased`.
+    """The defaults are the original trainer's last revision (`head`) but for norm_variance, where that used `unbiased`.
 
     Its tables (`old`): upsample_conv false, norm_eps 1e-5, output_activation none, pixel_statistics imagenet.
     """
 
-    type: Literal["maskgit"] = "maskgit"
+    type: Literal["maskgit"] = "maskgit"  # the networks of MaskGIT's tokenizer
     num_res_blocks: int = Field(2, ge=1)  # per level, and at the bottom
     upsample_conv: bool = True  # a 3x3 convolution after each nearest-neighbour upsampling
     norm_eps: float = Field(1e-6, gt=0)  # GroupNorm's epsilon
     norm_variance: Literal["biased", "unbiased"] = "biased"  # of GroupNorm: over n (torch's), or over n - 1
-    output_activation: Literal["tanh", "none"] = "tanh"
+    output_activation: Literal["tanh", "none"] = "tanh"  # after the decoder's last convolution
     pixel_statistics: Literal["half", "imagenet"] = "half"  # what the networks see inside: [-1, 1], or (x - mean) / std
 
     @property
@@ -155,11 +155,11 @@ class MaskGITConfig(ConvolutionalConfig):
 class TamingConfig(ConvolutionalConfig):
     """The VQGAN of taming-transformers (Esser et al. 2021), which diffusers has as `VQModel`."""
 
-    type: Literal["taming"] = "taming"
+    type: Literal["taming"] = "taming"  # the networks of diffusers' VQModel
     num_res_blocks: int = Field(2, ge=1)  # per level of the encoder; the decoder has one more
     attention_levels: Annotated[tuple[int, ...], Field(strict=False)] = (-1,)  # levels with attention after every
     # block, beside the bottom, which always has it; 0 is the full resolution, -1 the coarsest level
-    latent_channels: int = Field(256, gt=0)  # between these networks and the 1x1 convolutions around the quantizer
+    latent_channels: int = Field(256, gt=0)  # width between these networks and the quantizer's 1x1 convolutions
 
     @model_validator(mode="after")
     def _check_levels(self) -> TamingConfig:
@@ -185,50 +185,59 @@ AutoencoderField = Annotated[AutoencoderConfig, BeforeValidator(_maskgit_unless_
 
 
 class CodebookConfig(Section):
-    num_codes: int = Field(1024, ge=2)  # K
-    embedding_dim: int = Field(256, ge=1)  # D
+    num_codes: int = Field(1024, ge=2)  # K, the size of the codebook
+    embedding_dim: int = Field(256, ge=1)  # D, the numbers in a code's vector
 
 
 class NearestCodeConfig(CodebookConfig):
     """What the three quantizers that pick the nearest code share."""
 
     commitment_cost: float = Field(0.25, ge=0)  # beta (van den Oord et al. 2017, eq. 3)
-    l2_normalize: bool = (
-        False  # latents and codes are compared, and decoded, as unit vectors (Yu et al. 2021, ViT-VQGAN)
-    )
-    reinit_every_epochs: int | None = Field(
-        None, ge=1
-    )  # replace the codes that no image of the epoch used; null: never
-    reinit_from: Literal["latents", "used_codes"] = "latents"  # encoder outputs | perturbed copies of the codes in use
+    l2_normalize: bool = False  # latents and codes are compared, and decoded, as unit vectors (Yu et al. 2021,
+    # ViT-VQGAN)
+    reinit_every_epochs: int | None = Field(None, ge=1)  # epochs between two replacements of the codes that no image of
+    # the epoch before it used; null: never
+    reinit_from: Literal["latents", "used_codes"] = "latents"  # what they become. latents: encoder outputs; used_codes:
+    # perturbed copies of the codes in use
 
 
 class StandardQuantizerConfig(NearestCodeConfig):
-    type: Literal["standard"]
+    """The nearest code; the codebook learns by gradient (van den Oord et al. 2017)."""
+
+    type: Literal["standard"]  # nearest code, codebook by gradient
 
 
 class EMAQuantizerConfig(NearestCodeConfig):
-    type: Literal["ema"]
+    """The nearest code; the codebook is a moving average of the latents that chose it."""
+
+    type: Literal["ema"]  # nearest code, codebook as a moving average
     decay: float = Field(0.99, ge=0, lt=1)  # per optimizer step (van den Oord et al. 2017, appendix A.1)
     epsilon: float = Field(1e-5, gt=0)  # Laplace smoothing of the counts
 
 
 class EntropyQuantizerConfig(NearestCodeConfig):
-    type: Literal["entropy"]
+    """The standard quantizer and a loss that wants each token decided and all codes used."""
+
+    type: Literal["entropy"]  # the standard one, with an entropy loss
     entropy_ratio: float = Field(0.1, ge=0)  # weight of the entropy loss (MaskGIT's tokenizer)
     entropy_temperature: float = Field(0.01, gt=0)  # of softmax(-distance / temperature)
-    entropy_target: Literal["softmax", "argmax"] = "softmax"
+    entropy_target: Literal["softmax", "argmax"] = "softmax"  # the distribution whose entropy it is: soft, or one-hot
+    # in the forward pass and soft in the backward pass
 
 
 class GumbelQuantizerConfig(CodebookConfig):
-    type: Literal["gumbel"]
+    """Logits of the codes, sampled with Gumbel noise in training (Jang et al. 2017; Ramesh et al. 2021)."""
+
+    type: Literal["gumbel"]  # Gumbel-softmax
     hidden_channels: int | None = Field(None, ge=1)  # what the encoder emits, before a 1x1 convolution to one logit per
-    # code; null: num_codes, as the seed has it
+    # code; null: num_codes, as the original trainer has it
     straight_through: bool = False  # hard one-hot forward, soft gradient
     temperature_start: float = Field(1.0, gt=0)  # tau (Jang et al. 2017), cosine from start to end
-    temperature_end: float = Field(0.0625, gt=0)
-    temperature_decay: DurationField = Duration(7.5, "epochs")
-    kl_cost: float = Field(0.00859375, ge=0)  # 6.6 / 768 (Ramesh et al. 2021, A.2: per pixel value, 256 px at f = 16)
-    kl_warmup: DurationField = Duration(0.24, "epochs")
+    temperature_end: float = Field(0.0625, gt=0)  # tau after temperature_decay
+    temperature_decay: DurationField = Duration(7.5, "epochs")  # the way from start to end
+    kl_cost: float = Field(0.00859375, ge=0)  # weight of the KL loss; 6.6 / 768 (Ramesh et al. 2021, A.2: per pixel
+    # value, 256 px at f = 16)
+    kl_warmup: DurationField = Duration(0.24, "epochs")  # cosine from 0 to kl_cost
 
     @model_validator(mode="after")
     def _one_form(self) -> GumbelQuantizerConfig:
@@ -241,10 +250,11 @@ QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantize
 
 
 class LossConfig(Section):
-    l1_weight: float = Field(0.8, ge=0)
-    l2_weight: float = Field(0.2, ge=0)
-    perceptual_weight: float = Field(1.0, ge=0)  # 0: the network is not even loaded
-    perceptual_network: Literal["lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_v2"] = "lpips_vgg"
+    l1_weight: float = Field(0.8, ge=0)  # of the mean absolute difference of pixels in [-1, 1]
+    l2_weight: float = Field(0.2, ge=0)  # of their mean squared difference
+    perceptual_weight: float = Field(1.0, ge=0)  # of the perceptual distance; 0: its network is not even loaded
+    perceptual_network: Literal["lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_v2"] = "lpips_vgg"  # LPIPS
+    # (Zhang et al. 2018) over one of three backbones, or the MobileNetV2 feature distance, which is no LPIPS
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -254,14 +264,14 @@ class LossConfig(Section):
 
 
 class DiscriminatorConfig(Section):
-    type: Literal["stylegan2"] = "stylegan2"
+    type: Literal["stylegan2"] = "stylegan2"  # the residual one of Karras et al. 2020
     channel_base: int = Field(32768, gt=0)  # channels at resolution r: min(channel_base / r, channel_max)
-    channel_max: int = Field(512, gt=0)
+    channel_max: int = Field(512, gt=0)  # see channel_base
     minibatch_stddev_group: int = Field(4, ge=1)  # samples per group of the minibatch-stddev layer
-    loss: Literal["hinge", "non_saturating"] = "non_saturating"
-    start: DurationField = Duration(
-        0, "epochs"
-    )  # adversarial training begins here; before it, D neither runs nor learns
+    loss: Literal["hinge", "non_saturating"] = "non_saturating"  # of both networks (Lim & Ye 2017; Goodfellow et al.
+    # 2014)
+    start: DurationField = Duration(0, "epochs")  # adversarial training begins here; before it, D neither runs nor
+    # learns
     warmup: DurationField = Duration(0, "steps")  # from then on D learns alone, before its loss reaches the tokenizer
     weight: float = Field(0.1, ge=0)  # of the generator's adversarial loss; times lambda where adaptive
     adaptive_weight: bool = False  # lambda of Esser et al. 2021, eq. 7
@@ -270,6 +280,7 @@ class DiscriminatorConfig(Section):
 
 
 Metric = Literal["l2", "psnr", "ssim", "lpips", "mobilenet_distance", "rfid", "fd_mobilenet", "codebook"]
+MetricNames = Annotated[tuple[Metric, ...], Field(strict=False)]
 # metric in `metrics` -> the names it adds to the results; those in LOWER_IS_BETTER improve downwards
 METRIC_RESULTS: dict[str, tuple[str, ...]] = {
     "l2": ("l2",),
@@ -291,27 +302,27 @@ class TrainingConfig(Section):
     # whose weights training begins with; the discriminator's too, where there are some
     decoder_only: bool = False  # with init_from: encoder and codebook stay as they are, and so do all codes
     total_batch_size: int = Field(256, ge=1)  # images per optimizer step: processes x accumulation x per-process batch
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)  # rounds per optimizer step; more of them take less memory
     mixed_precision: PrecisionField = "auto"  # auto: what `accelerate launch` says, else no
     compile: bool = False  # encoder, decoder and perceptual network by torch.compile (docs/performance.md says when)
     base_lr: float = Field(1e-4, gt=0)  # learning rate of both networks at base_batch_size
-    base_batch_size: int = Field(256, ge=1)
+    base_batch_size: int = Field(256, ge=1)  # see base_lr and lr_scaling
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"  # lr = base_lr * f(total_batch_size / base_batch_size)
     lr_warmup: DurationField = Duration(0, "steps")  # linear from 0
     lr_decay: DurationField | None = None  # cosine from the start of training to lr_final_ratio; null: all of training
-    lr_final_ratio: float = Field(0.1, ge=0, le=1)
+    lr_final_ratio: float = Field(0.1, ge=0, le=1)  # of the last learning rate to the first; 1: constant
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)  # AdamW, both networks
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0)  # AdamW, both networks
     weight_decay: float = Field(1e-4, ge=0)  # the tokenizer's convolution weights and all of D
     max_grad_norm: float | None = Field(None, gt=0)  # clip each network's gradient to this norm; null: do not
     ema_decay: float | None = Field(None, gt=0, lt=1)  # average of the tokenizer's weights, per step; null: none
     max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss before the run stops
-    log_every: int = Field(50, ge=1)  # steps
-    validate_every: DurationField = Duration(1, "epochs")
-    validation_metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ("l2", "psnr", "ssim", "codebook")
-    checkpoint_every: DurationField = Duration(1, "epochs")
+    log_every: int = Field(50, ge=1)  # steps between two lines of metrics.jsonl
+    validate_every: DurationField = Duration(1, "epochs")  # on the whole validation split; also after the last step
+    validation_metrics: MetricNames = ("l2", "psnr", "ssim", "codebook")  # of the validations inside training
+    checkpoint_every: DurationField = Duration(1, "epochs")  # also after the last step, a new best one and a signal
     keep_checkpoints: int = Field(3, ge=1)  # the newest ones; the best one stays besides
-    best_metric: str = "psnr"  # of the validation results
+    best_metric: str = "psnr"  # of the validation results: whose best value `checkpoints/best` has
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -342,10 +353,10 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    split: Literal["train", "validation", "test"] = "validation"
-    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ("l2", "psnr", "ssim", "lpips", "rfid", "codebook")
-    lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg"
-    batch_size: int = Field(32, ge=1)  # images per process
+    split: Literal["train", "validation", "test"] = "validation"  # whose images are measured
+    metrics: MetricNames = ("l2", "psnr", "ssim", "lpips", "rfid", "codebook")  # docs/evaluation.md defines each
+    lpips_network: Literal["vgg", "alex", "squeeze"] = "vgg"  # of the metric lpips
+    batch_size: int = Field(32, ge=1)  # images per process, also in validations, tokenize and codebook
     grid_images: int = Field(8, ge=0)  # originals over reconstructions in the picture
 
 
@@ -353,17 +364,17 @@ class WeightFiles(Section):
     """Files with the published weights of fixed networks, for machines without a network; null: download once."""
 
     vgg16: str | None = None  # torchvision's ImageNet state dict, for LPIPS
-    alexnet: str | None = None
-    squeezenet: str | None = None
-    mobilenet_v2: str | None = None
+    alexnet: str | None = None  # the same of AlexNet
+    squeezenet: str | None = None  # of SqueezeNet 1.1
+    mobilenet_v2: str | None = None  # of MobileNetV2, for the MobileNetV2 feature distance and FD-MobileNetV2
     inception: str | None = None  # torch-fidelity's pt_inception-2015-12-05, for rFID
 
 
 class TrackingConfig(Section):
     trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
-    project: str = "vqgan_accel"
-    run_name: str | None = None  # null: the output folder's name
-    wandb_mode: Literal["online", "offline"] = "online"
+    project: str = "vqgan_accel"  # the trackers' name for a set of runs
+    run_name: str | None = None  # wandb's name for the run; null: the output folder's name
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: written to the run folder, for `wandb sync`
 
 
 class Config(Section):
@@ -372,16 +383,16 @@ class Config(Section):
     """
 
     output_dir: str = Field("runs/default", min_length=1)  # checkpoints, metrics.jsonl, pictures, the resolved config
-    seed: int = Field(0, ge=0, lt=2**32)
-    data: DataConfig = DataConfig()
-    autoencoder: AutoencoderField = MaskGITConfig()
-    quantizer: QuantizerConfig = Field(StandardQuantizerConfig(type="standard"), discriminator="type")
-    losses: LossConfig = LossConfig()
-    discriminator: DiscriminatorConfig | None = None  # null: train without one
-    training: TrainingConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
-    weights: WeightFiles = WeightFiles()
-    tracking: TrackingConfig = TrackingConfig()
+    seed: int = Field(0, ge=0, lt=2**32)  # of the initial weights, the order of the images, crops, flips and noise
+    data: DataConfig = DataConfig()  # where images come from, and what is done to them
+    autoencoder: AutoencoderField = MaskGITConfig()  # encoder and decoder
+    quantizer: QuantizerConfig = Field(StandardQuantizerConfig(type="standard"), discriminator="type")  # the codebook
+    losses: LossConfig = LossConfig()  # between a reconstruction and its image
+    discriminator: DiscriminatorConfig | None = None  # the second network; null: train without one
+    training: TrainingConfig  # how long, how fast, and what is kept
+    evaluation: EvaluationConfig = EvaluationConfig()  # what evaluate.py, tokenize and codebook read
+    weights: WeightFiles = WeightFiles()  # files of fixed networks
+    tracking: TrackingConfig = TrackingConfig()  # wandb and TensorBoard
 
     @model_validator(mode="after")
     def _check(self) -> Config:
