@@ -88,6 +88,9 @@ class DataConfig(Section):
     train_split: str = "train"  # folder: PATH/train; ffcv, beton: PATH/train.beton; hub: the split's name
     validation_split: str = "validation"  # the same of the validation split
     test_split: str = "test"  # the same of the test split
+    validation_fraction: float | None = Field(None, gt=0, lt=1)  # folder, hub: this share of train_split, by a hash of
+    # the names, is the validation split, and the rest is for training; null: validation_split
+    validation_group: Literal["file", "folder"] = "file"  # what stays on one side: a file, or all files of a folder
     expected_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of the training images' content, as
     # `vqgan-accel data-info CONFIG --hash` prints it: a run reads them all before its first step and refuses others
     image_size: int = Field(256, ge=4)  # pixels; every image becomes image_size x image_size
@@ -105,6 +108,11 @@ class DataConfig(Section):
             )
         if self.streaming and self.backend not in ("hub", "auto"):
             raise ValueError(f"streaming is for backend hub, not for {self.backend}; set streaming=false")
+        if self.streaming and self.validation_fraction is not None:
+            raise ValueError(
+                "validation_fraction needs the names of all images, which a stream has not; name slices such as "
+                "train[:95%] and train[95%:] as the splits, or set streaming=false"
+            )
         if self.streaming and self.expected_hash:
             raise ValueError("expected_hash means reading all images before the first step; set streaming=false")
         return self

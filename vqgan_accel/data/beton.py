@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vqgan_accel.data.source import DEFAULT_LABEL, Labels, decode_image, listed, nearest_name
+from vqgan_accel.data.source import DEFAULT_LABEL, Labels, MissingSplitError, decode_image, listed, nearest_name
 
 VERSION = 2
 HEADER = np.dtype(
@@ -185,5 +185,5 @@ def _beton_file(root: Path, split: str, key: str) -> Path:
         found = sorted(path.stem for path in root.glob("*.beton"))
         near = nearest_name(split, found)
         hint = f"it has {listed(found)}; set {key}={near or found[0]}" if found else "it has no .beton files"
-        raise FileNotFoundError(f"no {split}.beton in data.path {root}; {hint}")
+        raise MissingSplitError(f"no {split}.beton in data.path {root}; {hint}")
     return file

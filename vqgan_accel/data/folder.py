@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vqgan_accel.data.source import Labels, decode_image, listed, nearest_name
+from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, listed, nearest_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -39,6 +39,10 @@ class FolderSource:
 
     def file_name(self, index: int) -> str:
         return self.files[index]
+
+    def stored_names(self) -> list[str]:
+        """(N,) What data.validation_fraction goes by."""
+        return self.files
 
     def labels(self) -> Labels | None:
         """Classes are the folders below the split's, where no image lies outside of them."""
@@ -79,7 +83,7 @@ def _split_folder(root: Path, split: str, key: str) -> Path:
             hint = f"it has {listed(folders)}; set {key}={near}" if near else f"set {key} to one of {listed(folders)}"
         else:
             hint = f"it has no folders; move the images there, or set {key}=. to use {root} itself"
-        raise FileNotFoundError(f"no folder '{split}' in data.path {root}; {hint}")
+        raise MissingSplitError(f"no folder '{split}' in data.path {root}; {hint}")
     return root / split
 
 

@@ -8,6 +8,7 @@ treated alike wherever they come from.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from typing import Any
 
 import datasets
 import fsspec
+import huggingface_hub
 import numpy as np
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
@@ -26,6 +29,7 @@ from vqgan_accel.data.source import (
     DEFAULT_LABEL,
     STORES,
     Labels,
+    MissingSplitError,
     decode_image,
     in_utf8,
     is_stored_dataset,
@@ -51,6 +55,7 @@ class HubSource:
         self.label_column = config.label_column
         self.all_columns = dataset
         self.title = f"{config.path}[{split}]"
+        self.folder = Path(str(config.path)).expanduser() / _base_and_slice(split)[0]  # of an image folder's split
         self.column = config.image_column
         self.rows = image_rows(dataset, self.column, self.title)
         if not len(self.rows):
@@ -64,6 +69,19 @@ class HubSource:
 
     def file_name(self, index: int) -> str:
         return f"row {index}"
+
+    def stored_names(self) -> list[str]:
+        """(N,) What data.validation_fraction goes by: the path that is stored with each image, or 'row i'. What this
+        machine's folders are called is left out of it."""
+        roots = (
+            os.path.abspath(self.folder),
+            datasets.config.HF_DATASETS_CACHE,
+            huggingface_hub.constants.HF_HUB_CACHE,
+        )
+        names = pc.struct_field(self.rows.with_format("arrow")[:][self.column], "path").to_pylist()
+        for root in roots:
+            names = [name and name.removeprefix(f"{root}/") for name in names]
+        return [name or f"row {index}" for index, name in enumerate(names)]
 
     def labels(self) -> Labels | None:
         column = self.label_column or DEFAULT_LABEL
@@ -141,9 +159,11 @@ def _load_local(path: Path, split: str, key: str, streaming: bool) -> Any:
     base, slice_ = _base_and_slice(split)
     if not files:
         # Named by us where we can: `datasets` itself takes a class folder named "test" for the split.
-        own = {base: f"{glob.escape(str(path / base))}/**"} if (path / base).is_dir() else None
-        where = {"data_files": own} if own else {"data_dir": glob.escape(str(path))}
-        return _built(path, split, key, streaming, "imagefolder", **where)
+        if not (path / base).is_dir():
+            return _built(path, split, key, streaming, "imagefolder", data_dir=glob.escape(str(path)))
+        name = base if re.fullmatch(r"\w+(\.\w+)*", base) else "rows"  # it has no splits named "." or "my album"
+        own = {name: f"{glob.escape(str(path / base))}/**"}
+        return _built(path, name + slice_, key, streaming, "imagefolder", data_files=own)
     folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
     chosen = [
         glob.escape(str(file))
@@ -186,7 +206,7 @@ def _require_split(split: str, base: str, known: Iterable[str], path: Path | str
     if base not in known:
         near = nearest_name(base, known)
         hint = f"it has {listed(known)}; set {key}={near}" if near else f"set {key} to one of {listed(known)}"
-        raise ValueError(f"no split '{split}' in data.path {path}; {hint}")
+        raise MissingSplitError(f"no split '{split}' in data.path {path}; {hint}")
 
 
 def image_rows(dataset: Any, column: str, title: str) -> Any:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import BetonSource
+from vqgan_accel.data.division import divided
 from vqgan_accel.data.folder import FolderSource, require_outside
 from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
 from vqgan_accel.extras import is_installed
 
 if TYPE_CHECKING:
+    from vqgan_accel.data.hub import HubSource
     from vqgan_accel.data.stream import StreamSource
 
 GET_FFCV = (
@@ -38,6 +40,19 @@ def open_source(config: DataConfig, split_name: SplitName) -> ImageSource | Stre
 
 def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
     """The same where every image must be found by its index: a stream, which cannot, is downloaded."""
+    fraction = config.validation_fraction
+    if fraction is None or split_name == "test":
+        return _open_whole(config, split_name)
+    whole = _open_whole(config, "train")
+    if isinstance(whole, BetonSource):
+        raise ValueError(
+            f"data.validation_fraction {fraction:g} goes by the images' names, which {whole.file} does not keep; give "
+            "it to make-beton, which then writes train.beton and validation.beton, and not here"
+        )
+    return divided(whole, whole.stored_names(), fraction, config.validation_group, split_name)
+
+
+def _open_whole(config: DataConfig, split_name: SplitName) -> FolderSource | HubSource | BetonSource:
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
     path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
@@ -84,5 +99,6 @@ def require_reader(config: DataConfig) -> None:
 
 
 def split_of(config: DataConfig, split_name: SplitName) -> str:
-    """What the data set itself calls it."""
-    return {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}[split_name]
+    """What the data set itself calls it; what data.validation_fraction cuts off is called validation."""
+    validation = config.validation_split if config.validation_fraction is None else "validation"
+    return {"train": config.train_split, "validation": validation, "test": config.test_split}[split_name]

@@ -31,6 +31,10 @@ class Labels(NamedTuple):
         return hashlib.sha256(content).hexdigest()[:16]
 
 
+class MissingSplitError(FileNotFoundError, ValueError):
+    """The data set is there, and has no split of that name."""
+
+
 @runtime_checkable
 class ImageSource(Protocol):
     def __len__(self) -> int: ...

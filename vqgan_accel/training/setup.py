@@ -337,4 +337,11 @@ def _far_from_base(plan: Plan) -> list[str]:
 def _counted(plan: Plan) -> str:
     if plan.num_images is None:
         return "an unknown number of training images"
-    return f"{plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch"
+    data = plan.config.data
+    counted = f"{plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch"
+    if data.validation_fraction is None:
+        return counted
+    return (
+        f"{counted}; validation is {data.validation_fraction:g} of data.train_split {data.train_split}, by a hash of "
+        f"each {data.validation_group}'s name"
+    )
