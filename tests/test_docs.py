@@ -19,11 +19,10 @@ import yaml
 from PIL import Image
 from tiny import tiny_config
 
-from vqgan_accel.training.loop import train
-
 import vqgan_accel
 from vqgan_accel.cli import build_parser
 from vqgan_accel.config import Config, config_keys
+from vqgan_accel.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -27,7 +27,19 @@ from vqgan_accel.evaluation.evaluate import evaluate
 from vqgan_accel.evaluation.figures import grid_tiles, reconstruction_grid, to_uint8
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.report import page
-from vqgan_accel.report.charts import LEFT, MOST_POINTS, RIGHT, WIDTH, Line, chart, number, padded, scale, thinned
+from vqgan_accel.report.charts import (
+    LEFT,
+    MOST_POINTS,
+    RIGHT,
+    WIDTH,
+    Line,
+    chart,
+    number,
+    padded,
+    scale,
+    sections,
+    thinned,
+)
 from vqgan_accel.report.compare import NO_PROTOCOL, compare, score_tables
 from vqgan_accel.report.run import Run, read_run, read_runs, short_names
 from vqgan_accel.training.loop import train
@@ -185,6 +197,17 @@ def test_what_was_not_finite_is_left_out_of_a_curve(tmp_path) -> None:
 )
 def test_numbers_at_the_axis_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize("quantizer", ["standard", "ema", "gumbel", "entropy"])
+def test_every_value_that_a_run_logs_has_a_place_on_the_page(quantizer: str, tmp_path) -> None:
+    settings: dict[str, Any] = {"discriminator": DISCRIMINATOR | {"r1_weight": 1.0}, "training": {"log_every": 1}}
+    if quantizer != "gumbel":
+        settings["quantizer"] = {"reinit_every_epochs": 1}
+    kind = {"type": quantizer, **settings.pop("quantizer", {})}
+    run = train(tiny_config(tmp_path, quantizer=kind, **settings))
+    drawn = sections(read_runs([run]))
+    assert "Others" not in drawn and {"Losses", "Adversarial", "Optimization", "Speed", "Codebook"} <= drawn.keys()
 
 
 # ---- pictures
