@@ -42,6 +42,7 @@ from vqgan_accel.report.charts import (
 )
 from vqgan_accel.report.compare import NO_PROTOCOL, compare, score_tables
 from vqgan_accel.report.run import Run, read_run, read_runs, short_names
+from vqgan_accel.run_folder import pictures
 from vqgan_accel.training.loop import train
 
 VALIDATION = ["l2", "psnr", "ssim", "codebook"]
@@ -220,6 +221,13 @@ def test_what_the_grid_was_drawn_of_comes_back(images: int, size: int, seed: int
     tiles = grid_tiles(reconstruction_grid(originals, made), size)
     for row, expected in enumerate((originals, made)):
         assert b"".join(pair[row].tobytes() for pair in tiles) == to_uint8(expected).tobytes()
+
+
+def test_only_the_pictures_of_validations_are_shown(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("step_100000000.png", "step_00000020.png", "step_3.png", "step_00000004 (copy).png", "notes.txt"):
+        (tmp_path / "images" / name).touch()
+    assert list(pictures(tmp_path)) == [20, 100_000_000]
 
 
 def test_a_picture_of_another_size_is_no_grid() -> None:

@@ -64,7 +64,10 @@ def picture_file(run: Path, step: int) -> Path:
 
 def pictures(run: Path) -> dict[int, Path]:
     """Step of a validation -> its picture, in the order of the steps."""
-    return {step_of(file.with_suffix("")): file for file in sorted((run / PICTURES).glob("step_*.png"))}
+    found = [file for file in (run / PICTURES).glob("step_*.png") if re.fullmatch(r"step_\d{8,}", file.stem)]
+    return {
+        step_of(file.with_suffix("")): file for file in sorted(found, key=lambda file: step_of(file.with_suffix("")))
+    }
 
 
 def checkpoints(run: Path) -> list[Path]:
