@@ -165,7 +165,8 @@ def value_text(value: Any) -> str:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    return [part for part in parts_of(annotation) if inspect.isclass(part) and issubclass(part, Section)]
+    kind = type(Section)  # (on Python 3.10 tuple[int, ...] is a class too)
+    return [part for part in parts_of(annotation) if isinstance(part, kind) and issubclass(part, Section)]
 
 
 def meaning(section: type[BaseModel], name: str, known: dict[tuple[str, str], str]) -> str:
