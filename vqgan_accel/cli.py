@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     take_overrides(evaluate)
     evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")
 
+    new = add("new", "Look at pictures and machine, and write a config for them.", run_new)
+    new.add_argument("--data", metavar="PATH", required=True, help="the pictures: what data.path may be")
+    new.add_argument("--output", type=Path, help="YAML file (default: NAME.yaml here, after the pictures)")
+    take_overrides(new, "data.image_size=128 training.max_steps=5000")
+
     describe = add("describe", "Parameters, latent grid, bits per pixel and GFLOP of a config.", run_describe)
     take_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
@@ -243,6 +248,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
         evaluate(options.path, options.overrides, options.output)
 
 
+def run_new(options: argparse.Namespace) -> None:
+    from vqgan_accel.new import new
+
+    print("\n".join(new(options.data, options.output, options.overrides)))
+
+
 def run_describe(options: argparse.Namespace) -> None:
     from vqgan_accel.config import load_config
     from vqgan_accel.describe import describe, description_lines
@@ -317,7 +328,9 @@ def data_overrides(path: str | None) -> list[str]:
     """--data=PATH, whatever it is."""
     if path is None:
         return []
-    quoted = json.dumps(path.replace("${", r"\${"), ensure_ascii=False)  # a name may look like YAML or OmegaConf
+    from vqgan_accel.config import literal
+
+    quoted = json.dumps(literal(path), ensure_ascii=False)  # a name may look like YAML or OmegaConf
     return [f"data.path={quoted}", "data.backend=auto", "data.label_column=null"]  # labels are this data's own
 
 

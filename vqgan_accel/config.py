@@ -473,11 +473,28 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"{source}: an override does not fit: {' '.join(str(error).split())}") from error
     try:
-        return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
-    except ValidationError as error:
-        raise ValueError(f"{source}: {sentences(error)}") from None
+        return validated(OmegaConf.to_container(merged, resolve=True), source)
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def validated(values: Any, source: str) -> Config:
+    """A Config from plain values as they are."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {sentences(error)}") from None
+
+
+def literal(values: Any) -> Any:
+    """Plain values as OmegaConf has to be given them, so that `${` in their strings stays what it is."""
+    if isinstance(values, dict):
+        return {key: literal(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [literal(value) for value in values]
+    if isinstance(values, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", values)
+    return values
 
 
 def _without_other_types(values: DictConfig, overrides: DictConfig, source: str) -> DictConfig:
@@ -498,7 +515,7 @@ def _without_other_types(values: DictConfig, overrides: DictConfig, source: str)
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back to an equal object."""
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(literal(config.model_dump(mode="json")))))
 
 
 def flat_config(config: Config) -> dict[str, bool | int | float | str]:

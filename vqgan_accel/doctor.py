@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.extras import EXTRAS
-from vqgan_accel.models.weights import published
+from vqgan_accel.models.weights import cached_weights
 
 CORE = (
     "numpy",
@@ -151,8 +151,8 @@ def _bf16() -> str:
 def _weights(name: str, file: str | None, use: str) -> str:
     if file is not None:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
-    name_there = Path(URL_INCEPTION_V3 if name == "inception" else published(name).url).name
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name_there
+    inception = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    cached = inception if name == "inception" else cached_weights(name)
     if cached.is_file():
         return f"cached in {cached}"
     return f"not here: downloaded at first use, or give weights.{name}=FILE; enables {use}"

@@ -185,5 +185,5 @@ def _beton_file(root: Path, split: str, key: str) -> Path:
         found = sorted(path.stem for path in root.glob("*.beton"))
         near = nearest_name(split, found)
         hint = f"it has {listed(found)}; set {key}={near or found[0]}" if found else "it has no .beton files"
-        raise MissingSplitError(f"no {split}.beton in data.path {root}; {hint}")
+        raise MissingSplitError(f"no {split}.beton in data.path {root}; {hint}", found)
     return file

@@ -83,7 +83,7 @@ def _split_folder(root: Path, split: str, key: str) -> Path:
             hint = f"it has {listed(folders)}; set {key}={near}" if near else f"set {key} to one of {listed(folders)}"
         else:
             hint = f"it has no folders; move the images there, or set {key}=. to use {root} itself"
-        raise MissingSplitError(f"no folder '{split}' in data.path {root}; {hint}")
+        raise MissingSplitError(f"no folder '{split}' in data.path {root}; {hint}", folders)
     return root / split
 
 

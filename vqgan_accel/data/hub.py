@@ -55,7 +55,9 @@ class HubSource:
         self.label_column = config.label_column
         self.all_columns = dataset
         self.title = f"{config.path}[{split}]"
-        self.folder = Path(str(config.path)).expanduser() / _base_and_slice(split)[0]  # of an image folder's split
+        root = Path(str(config.path)).expanduser()
+        own = root / _base_and_slice(split)[0]
+        self.folder = own if own.is_dir() else root  # that paths are relative to, where it is an image folder
         self.column = config.image_column
         self.rows = image_rows(dataset, self.column, self.title)
         if not len(self.rows):
@@ -206,7 +208,7 @@ def _require_split(split: str, base: str, known: Iterable[str], path: Path | str
     if base not in known:
         near = nearest_name(base, known)
         hint = f"it has {listed(known)}; set {key}={near}" if near else f"set {key} to one of {listed(known)}"
-        raise MissingSplitError(f"no split '{split}' in data.path {path}; {hint}")
+        raise MissingSplitError(f"no split '{split}' in data.path {path}; {hint}", known)
 
 
 def image_rows(dataset: Any, column: str, title: str) -> Any:

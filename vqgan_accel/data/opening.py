@@ -42,8 +42,8 @@ def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
     """The same where every image must be found by its index: a stream, which cannot, is downloaded."""
     fraction = config.validation_fraction
     if fraction is None or split_name == "test":
-        return _open_whole(config, split_name)
-    whole = _open_whole(config, "train")
+        return open_whole(config, split_name)
+    whole = open_whole(config, "train")
     if isinstance(whole, BetonSource):
         raise ValueError(
             f"data.validation_fraction {fraction:g} goes by the images' names, which {whole.file} does not keep; give "
@@ -52,7 +52,8 @@ def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
     return divided(whole, whole.stored_names(), fraction, config.validation_group, split_name)
 
 
-def _open_whole(config: DataConfig, split_name: SplitName) -> FolderSource | HubSource | BetonSource:
+def open_whole(config: DataConfig, split_name: SplitName) -> FolderSource | HubSource | BetonSource:
+    """A split as the data set has it, without data.validation_fraction."""
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
     path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"

@@ -32,7 +32,11 @@ class Labels(NamedTuple):
 
 
 class MissingSplitError(FileNotFoundError, ValueError):
-    """The data set is there, and has no split of that name."""
+    """The data set is there, and has no split of that name: these are `known`."""
+
+    def __init__(self, sentence: str, known: Sequence[str]) -> None:
+        super().__init__(sentence)
+        self.known = list(known)
 
 
 @runtime_checkable

@@ -20,6 +20,11 @@ BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet"}  # lpip
 MOBILENET_TAPS = (1, 3, 6, 13, 17)  # the last block at each of MobileNetV2's five resolutions
 
 
+def backbone_of(network: str) -> str:
+    """losses.perceptual_network -> the key of its weights in `weights`."""
+    return BACKBONES.get(network.removeprefix("lpips_"), network)
+
+
 def build_perceptual(config: LossConfig, weights: WeightFiles) -> nn.Module | None:
     """The network of losses.perceptual_network, frozen; None where its weight is 0."""
     if config.perceptual_weight == 0:

@@ -39,6 +39,11 @@ def published(name: str) -> WeightsEnum:
     return get_weight(PUBLISHED[name])
 
 
+def cached_weights(name: str) -> Path:
+    """Where a download of `name`, a key of PUBLISHED, is kept."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(published(name).url).name
+
+
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
     """torchvision's ImageNet state dict of `name`, a key of PUBLISHED, from `file` or, where None, its download.
 
