@@ -29,8 +29,6 @@ TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = sorted({key.split(".")[0] for key in config_keys() if "." in key})
 
-COMING_COMMANDS = {"new"}
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
@@ -156,13 +154,12 @@ def commands_of(page: Path) -> list[list[str]]:
 def faults_of_commands(commands: list[list[str]]) -> list[str]:
     faults, keys = [], set(config_keys())
     for words in commands:
-        if words[0] not in COMING_COMMANDS:
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    _, rest = build_parser().parse_known_args(words)
-                faults += [f"{' '.join(words)}: {word}" for word in rest if word.startswith("-")]
-            except SystemExit:
-                faults.append(" ".join(words))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                _, rest = build_parser().parse_known_args(words)
+            faults += [f"{' '.join(words)}: {word}" for word in rest if word.startswith("-")]
+        except SystemExit:
+            faults.append(" ".join(words))
         overrides = [word.split("=")[0] for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
         faults += [f"{' '.join(words)}: there is no key {key}" for key in overrides if key not in keys]
     return faults
@@ -171,7 +168,7 @@ def faults_of_commands(commands: list[list[str]]) -> list[str]:
 def faults_of_names(text: str) -> list[str]:
     """Commands and keys that are named anywhere, also within a sentence."""
     subparsers = next(action for action in build_parser()._actions if action.dest == "command" or action.choices)
-    known = {*(subparsers.choices or ()), *COMING_COMMANDS}
+    known = set(subparsers.choices or ())
     faults = [name for name in re.findall(r"`vqgan-accel ([a-z][\w-]*)", text) if name not in known]
     named = re.findall(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?![\w/(]|\.\w)", text)
     endings = ("md", "py", "yaml", "png", "html", "jsonl", "json", "csv", "safetensors")

@@ -93,7 +93,9 @@ def config(discriminator: dict[str, str] | None) -> Config:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.4, "0 s"),
+        (0, "0 s"),
+        (0.354, "0.35 s"),
+        (9.96, "10 s"),
         (59.4, "59 s"),
         (59.6, "1 min 00 s"),
         (3599, "59 min 59 s"),

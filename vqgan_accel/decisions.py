@@ -12,6 +12,7 @@ from vqgan_accel.config import Config, TamingConfig
 from vqgan_accel.data.division import Group, place_of
 from vqgan_accel.data.order import steps_per_epoch
 from vqgan_accel.training.measure import Timings
+from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan
 
 GPU_RECIPE, CPU_RECIPE = "imagenet/ema_vqgan_cb1024_adaptive_R1", "demo"
@@ -245,11 +246,3 @@ def rounded(number: float) -> int:
 
 def _steps(number: int) -> str:
     return f"{number} step" if number == 1 else f"{number} steps"
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    for unit, length in (("hours", 3600), ("minutes", 60), ("s", 1)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds * 1000:.0f} ms"

@@ -37,7 +37,6 @@ from vqgan_accel.decisions import (
     choose_networks,
     cost_of,
     division_of,
-    duration,
     processes,
     run_seconds,
 )
@@ -47,6 +46,7 @@ from vqgan_accel.models.weights import cached_weights
 from vqgan_accel.recipes import recipes
 from vqgan_accel.run_folder import write_atomically
 from vqgan_accel.training.measure import Timings, measure_step, measure_views
+from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan, make_plan
 
 LOOKED_AT = 5000  # images, at most
