@@ -4,7 +4,7 @@ say already."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -14,31 +14,31 @@ from vqgan_accel.config import Config, Section, literal
 WIDTH = 110  # columns; a longer comment stands above its value
 
 
-def commented_yaml(config: Config, comments: Mapping[str, str], keep: Collection[str] = ()) -> str:
-    """`load_config` reads an equal config from it. `comments`: dotted key -> why. Values with a comment and those in
-    `keep` are written even where they are the defaults."""
+def commented_yaml(config: Config, comments: Mapping[str, str]) -> str:
+    """`load_config` reads an equal config from it. `comments`: dotted key -> why, on one line. Values with a comment
+    are written even where they are the defaults."""
     lines: list[str] = []
-    for name in type(config).model_fields:
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
-            entries = list(_entries(name, value, {*comments, *keep}))
-            if entries:
-                lines += ["", f"{name}:"]
-            for key, inner in entries:
+            named = type(value) is not type(field.default)  # by its type: another section of a union, or of null
+            entries = _entries(name, value, comments, named)
+            lines += ["", f"{name}:"] if entries else []
+            for key, inner in entries.items():
                 lines += _line(key, inner, comments.get(f"{name}.{key}"), "  ")
-        elif f"{name}" in {*comments, *keep} or value != type(config).model_fields[name].default:
+        elif name in comments or value != field.default:
             lines += _line(name, value, comments.get(name), "")
     return "\n".join(lines) + "\n"
 
 
-def _entries(section: str, values: Section, wanted: Collection[str]) -> Iterator[tuple[str, Any]]:
-    plain = values.model_dump(mode="json")
-    fields = type(values).model_fields
-    for name in sorted(fields, key=lambda name: name != "type"):
-        field = fields[name]
+def _entries(section: str, values: Section, comments: Mapping[str, str], named: bool) -> dict[str, Any]:
+    """What is to be written of a section, its type first."""
+    plain, found = values.model_dump(mode="json"), {}
+    for name, field in sorted(type(values).model_fields.items(), key=lambda item: item[0] != "type"):
         differs = field.is_required() or getattr(values, name) != field.default
-        if differs or name == "type" or f"{section}.{name}" in wanted:
-            yield name, plain[name]
+        if differs or f"{section}.{name}" in comments or (named and name == "type"):
+            found[name] = plain[name]
+    return found
 
 
 def _line(key: str, value: Any, comment: str | None, indent: str) -> list[str]:

@@ -21,12 +21,12 @@ REACHED_BY = 0.8  # of the images, with their shorter side: the others are enlar
 LARGEST_ON_CPU = 64  # pixels
 GRID = 16  # codes a side
 # Neighbours in a folder look alike where the median distance between their thumbnails is below this share of that
-# between images of different folders. Measured on 8 x 8 grey thumbnails: frames of a film 0.04 to 0.2, patches of one
-# photograph 0.35 (overlapping by half) and 0.43 (side by side); handwritten digits in a folder for each 0.47; unlike
-# photographs dealt out to folders 0.73 to 1.2.
-ALIKE = 0.45
+# between images of different folders. Measured on 8 x 8 grey thumbnails: frames of films 0.04 to 0.5, patches of one
+# photograph in a folder 0.35 to 0.6 (overlapping or side by side), unlike photographs dealt out to folders 0.73 to 1.2.
+# (Handwritten digits in a folder for each, which are alike throughout, have 0.47: data.validation_group=file for such.)
+ALIKE = 0.65
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-ENOUGH = 50  # validation images, of at least ten times as many
+ENOUGH, ENOUGH_OF = 40, 15  # validation images; or every 15th image, where that is less
 CPU_BATCH, GPU_BATCH, LARGEST_TOTAL = 8, 64, 256  # images: on a CPU, on one GPU at most, on all GPUs together at most
 HEADROOM = 0.85  # of a GPU's memory, at a step's peak: fragments, other programs, larger validation batches
 EPOCHS = 150
@@ -39,7 +39,7 @@ LATEST_START = 20_000  # steps before the discriminator, on a GPU
 
 class Choice(NamedTuple):
     value: Any  # as in YAML
-    why: str  # in a few words
+    why: str  # in a few words; "": the value says it
 
 
 Choices = dict[str, Choice]  # dotted key -> choice
@@ -72,13 +72,15 @@ class Division(NamedTuple):
     why: str
 
 
-def division_of(names: Sequence[str], alikeness: float | None) -> Division | None:
+def division_of(names: Sequence[str], alikeness: float | None, told: Group | None = None) -> Division | None:
     """The smallest of FRACTIONS that gives enough images for validation; None where none of them does.
 
-    `alikeness`: what ALIKE is compared with; None where it could not be measured, for lack of folders.
+    `alikeness`: what ALIKE is compared with; None where it could not be measured, for lack of folders. `told`: the
+    group that the user wants.
     """
-    enough = min(ENOUGH, max(1, len(names) // 10))
+    enough = min(ENOUGH, max(1, len(names) // ENOUGH_OF))
     groups: list[Group] = ["folder", "file"] if alikeness is not None and alikeness < ALIKE else ["file"]
+    groups = [told] if told else groups
     for group in groups:
         places = [place_of(name, group) for name in names]
         for fraction in FRACTIONS:

@@ -19,7 +19,7 @@ from PIL import Image
 from vqgan_accel.commented_yaml import commented_yaml, quoted
 from vqgan_accel.config import Config, DataConfig, literal, parse_config, validated
 from vqgan_accel.data.beton import BetonSource
-from vqgan_accel.data.division import Part
+from vqgan_accel.data.division import Group, Part
 from vqgan_accel.data.info import SplitInfo, split_info
 from vqgan_accel.data.loading import Failure, read_image
 from vqgan_accel.data.opening import backend_of, open_indexed, open_whole, require_apart
@@ -76,13 +76,13 @@ def new(data: str, output: Path | None, overrides: Sequence[str]) -> list[str]:
     asked = settled(asked, choices, fixed)
     info = look(asked.data)
     if not {"data.validation_split", "data.validation_fraction"} & {*choices, *fixed}:
-        choices |= cut_off(asked.data)
+        choices |= cut_off(asked.data, asked.data.validation_group if "data.validation_group" in fixed else None)
         asked = settled(asked, choices, fixed)
     training, validation = (open_indexed(asked.data, split) for split in ("train", "validation"))
     short_sides = list(map(min, info.widths, info.heights))
     pictures = Pictures(len(training), len(validation), short_sides, len(info.broken), info.images)
 
-    choices |= choose_output(asked, name) | choose_networks(asked, machine, pictures)
+    choices |= choose_output(asked, name, fixed) | choose_networks(asked, machine, pictures)
     config = settled(asked, choices, fixed)
     choices |= (levels := choose_levels(config))
     config = settled(config, levels, fixed)
@@ -95,9 +95,8 @@ def new(data: str, output: Path | None, overrides: Sequence[str]) -> list[str]:
     choices |= batch | (lengths := choose_lengths(config, machine, pictures, cost, told))
     config = settled(config, lengths, fixed)
     plan = make_plan(config, pictures.training, number)
-    require_apart(Path(config.output_dir), config.data, "output_dir")
 
-    comments = {key: choice.why for key, choice in choices.items()} | dict.fromkeys(fixed, "given")
+    comments = {key: choice.why for key, choice in choices.items() if choice.why} | dict.fromkeys(fixed, "given")
     command = ["vqgan-accel", "train", str(output)]
     if number > 1:
         command = ["accelerate", "launch", "--num_processes", str(number), "-m", "vqgan_accel", *command[1:]]
@@ -137,11 +136,13 @@ def said(
         validation = (
             f"split {data.train_split}: {data.validation_fraction:g} of it, by {data.validation_group} ({reason})"
         )
+    whole = pictures.training + (0 if data.validation_fraction is None else pictures.validation)
+    part = f"; {info.images:,} of {whole:,} images, evenly spaced, were looked at" if info.images < whole else ""
     size = f"{data.image_size} px ({why['data.image_size']})"
     codes = f"{grid[0]} x {grid[1]} codes of {config.quantizer.num_codes:,}"
     length = f"{plan.total_steps:,} steps ({why.get('training.max_steps', 'given')})"
     lines = {
-        "pictures": [f"{data.path} (backend {data.backend})", *info.lines(data.image_size)],
+        "pictures": [f"{data.path} (backend {data.backend}){part}", *info.lines(data.image_size)],
         "training": [f"{pictures.training:,} images of split {data.train_split}"],
         "validation": [f"{pictures.validation:,} images of {validation}"],
         "machine": [f"{hardware(machine)}, {machine.cores} cores, {machine.memory / 2**30:.0f} GiB of memory"],
@@ -213,7 +214,7 @@ def settled(config: Config, choices: Choices, fixed: set[str]) -> Config:
 
 def settled_splits(data: DataConfig, fixed: set[str]) -> Choices:
     """What the data set calls its training images, and its validation images if it has some."""
-    choices = {"data.backend": Choice(backend_of(data), "what the pictures are stored as")}
+    choices = {"data.backend": Choice(backend_of(data), "")}
     split = data.train_split
     if "data.train_split" not in fixed:
         split, why = training_split(data)
@@ -264,14 +265,14 @@ def look(data: DataConfig) -> SplitInfo:
     return info
 
 
-def cut_off(data: DataConfig) -> Choices:
+def cut_off(data: DataConfig, told: Group | None) -> Choices:
     """A validation split, where there is none. ValueError where there are too few images for one."""
     source = open_whole(data, "train")
     if isinstance(source, BetonSource):
         open_indexed(data, "validation")  # says what there is instead
         return {}
     names = source.stored_names()
-    division = division_of(names, alikeness(source, names))
+    division = division_of(names, alikeness(source, names), told)
     if division is None:
         raise ValueError(
             f"{data.path} has {len(names)} training images, too few to cut a validation split off; give more, or "
@@ -314,13 +315,16 @@ def thumbnail(source: ImageSource, index: int) -> NDArray[np.float32] | None:
     return np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), np.float32)
 
 
-def choose_output(config: Config, name: str) -> Choices:
-    """output_dir: below the current folder, or beside the pictures where that lies among them."""
+def choose_output(config: Config, name: str, fixed: set[str]) -> Choices:
+    """output_dir: below the current folder, or beside the pictures where that lies among them. ValueError where the
+    one that the user gave does."""
     try:
         require_apart(Path(config.output_dir), config.data, "output_dir")
     except ValueError:
-        beside = Path(str(config.data.path)).expanduser().resolve().parent / "runs" / name
-        return {"output_dir": Choice(str(beside), "not among the pictures")}
+        if "output_dir" in fixed:
+            raise
+        images = Path(str(config.data.path)).expanduser() / config.data.train_split
+        return {"output_dir": Choice(str(images.resolve().parent / "runs" / name), "not among the pictures")}
     return {}
 
 
