@@ -127,6 +127,7 @@ def test_the_file_says_what_was_seen_and_why(tmp_path):
     assert said(lines, "written") == "pictures.yaml, with the reasons"
     assert "weights.mobilenet_v2=FILE" in said(lines, "NOTE")
     assert not any("weights" in line for line in new(str(tmp_path / "pictures"), Path("b.yaml"), TINY))
+    assert [load_config(name).output_dir for name in ("pictures.yaml", "b.yaml")] == ["runs/pictures", "runs/b"]
 
 
 @pytest.mark.parametrize(("train", "validation"), [("train", "val"), ("Training", "VALID"), ("TRAIN", "dev")])
@@ -247,7 +248,7 @@ def test_output_dir_is_not_among_the_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "p")
     new(".", Path("../x.yaml"), [])
     config = load_config("../x.yaml")
-    assert config.output_dir == str(tmp_path / "runs" / "p") and config.data.path == "."
+    assert config.output_dir == str(tmp_path / "runs" / "x") and config.data.path == "."
     with pytest.raises(ValueError, match=r"^output_dir mine lies among the images"):
         new(".", Path("../y.yaml"), ["output_dir=mine"])
     assert not Path("../y.yaml").exists()

@@ -63,8 +63,8 @@ def new(data: str, output: Path | None, overrides: Sequence[str]) -> list[str]:
     Nothing is overwritten. ValueError or FileNotFoundError for a data set that cannot be read or has too few images,
     for overrides that are wrong, and for a network that does not fit in the GPU's memory.
     """
-    name = name_of(data)
-    output = output or Path(f"{name}.yaml")
+    output = output or Path(f"{name_of(data)}.yaml")
+    name = output.stem  # of the run
     require_writable(output)
     fixed = given_keys(overrides)
     if "data.path" in fixed:
