@@ -248,6 +248,7 @@ def test_from_another_trainers_checkpoint_to_the_data_set_of_a_second_stage(tmp_
     assert len(list((tmp_path / "out" / "reconstructions").rglob("*.png"))) == 16
 
 
+@pytest.mark.slow
 def test_from_a_run_without_classes_to_the_data_set_of_a_second_stage(tmp_path: Path) -> None:
     run = train(tiny_config(tmp_path))
     script = [sys.executable, str(ROOT / "docs" / "second_stage.py"), str(tmp_path / "out"), "--run", str(run)]
