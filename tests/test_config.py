@@ -476,7 +476,7 @@ def test_a_saved_config_loads_to_an_equal_object(values, tmp_path_factory):
     assert load_config(path) == config
 
 
-@pytest.mark.parametrize("name", ["1e3", "8e12345", "yes", "null"])
+@pytest.mark.parametrize("name", ["1e3", "8e12345", "yes", "null", "${x}", r"\${x}"])
 def test_a_saved_string_that_looks_like_something_else_loads_as_that_string(name, tmp_path):
     config = parse_config({"training": {"max_steps": 1}})
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"run_name": name})})

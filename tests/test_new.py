@@ -213,7 +213,7 @@ def test_many_images_are_looked_at_in_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "fits", "images", "batch", "number"), [(8, 64, 5000, 256, 8), (1, 16, 5000, 16, 1), (8, 64, 20, 20, 5)]
+    ("gpus", "fits", "images", "batch", "number"), [(8, 64, 1000, 256, 8), (1, 16, 1000, 16, 1), (8, 64, 20, 20, 5)]
 )
 def test_pretended_gpus(gpus, fits, images, batch, number, tmp_path, monkeypatch):
     machine = Machine(["Pretended"] * gpus, True, cores=32, memory=2**38)
