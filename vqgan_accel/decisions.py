@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vqgan_accel.config import Config, TamingConfig
+from vqgan_accel.config import Config, Duration, TamingConfig
 from vqgan_accel.data.division import Group, place_of
 from vqgan_accel.data.order import steps_per_epoch
 from vqgan_accel.training.measure import Timings
 from vqgan_accel.training.pace import duration
-from vqgan_accel.training.plan import Plan
+from vqgan_accel.training.plan import Plan, total_steps_of
 
 GPU_RECIPE, CPU_RECIPE = "imagenet/ema_vqgan_cb1024_adaptive_R1", "demo"
 IMAGE_SIZES = (256, 128, 64, 32)  # pixels; the StyleGAN2 discriminator needs powers of two
@@ -199,13 +199,13 @@ def choose_lengths(config: Config, machine: Machine, pictures: Pictures, cost: C
     """Everything that is counted in steps. `given`: the user said when training ends."""
     epoch = steps_per_epoch(pictures.training, config.training.total_batch_size)
     length = None if given else _length(machine, epoch, cost)
-    total = length.value if length else total_steps_of(config, epoch)
+    total = length.value if length else max(1, total_steps_of(config.training, epoch))
     choices = {"training.max_steps": length} if length else {}
     if config.discriminator is not None:
         start = min(total // 3, LATEST_START) if machine.gpus else total // 2
-        choices["discriminator.start"] = Choice(_steps(start), "until then the tokenizer learns alone")
+        choices["discriminator.start"] = Choice(str(Duration(start, "steps")), "until then the tokenizer learns alone")
     spacing = max(total / VALIDATIONS, cost.validation / (VALIDATION_SHARE * cost.plain))
-    every = _steps(min(total, rounded(spacing)))
+    every = str(Duration(min(total, rounded(spacing)), "steps"))
     took = f"one takes {duration(cost.validation)} for {pictures.validation:,} images"
     choices["training.validate_every"] = Choice(every, took)
     choices["training.checkpoint_every"] = Choice(every, "what an interruption costs at most")
@@ -224,13 +224,6 @@ def _length(machine: Machine, epoch: int, cost: Cost) -> Choice:
     return Choice(total, why)
 
 
-def total_steps_of(config: Config, epoch: int) -> int:
-    training = config.training
-    limits = [training.max_steps] if training.max_steps is not None else []
-    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None else []
-    return max(1, min(limits))
-
-
 def run_seconds(plan: Plan, cost: Cost) -> float:
     total = plan.total_steps
     before = total if plan.discriminator_start is None else min(total, plan.discriminator_start)
@@ -244,7 +237,3 @@ def rounded(number: float) -> int:
         return 1
     unit = 10 ** max(0, int(math.log10(number)) - 1)
     return int(number // unit * unit)
-
-
-def _steps(number: int) -> str:
-    return f"{number} step" if number == 1 else f"{number} steps"

@@ -189,7 +189,8 @@ def share_of_codes(counted: Sequence[Run], runs: Sequence[Run]) -> Chart:
     lines = []
     for run in counted:
         counts = sorted(run.validation["code_counts"], reverse=True)
-        shares = [(rank, 100 * uses / max(1, sum(counts))) for rank, uses in enumerate(counts, 1)]
+        tokens = max(1, sum(counts))
+        shares = [(rank, 100 * uses / tokens) for rank, uses in enumerate(counts, 1)]
         lines.append(Line(run.name if len(runs) > 1 else "", runs.index(run) % COLOURS, False, shares))
     return chart("Share of each code in all tokens, %, most used first", lines)
 

@@ -57,10 +57,11 @@ def compare(folders: Sequence[Path], form: Format = "text") -> str:
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    return [Table("Runs", facts(runs)), *config_tables(runs), *score_tables(runs)]
+    return [fact_table(runs), *config_tables(runs), *score_tables(runs)]
 
 
-def facts(runs: Sequence[Run]) -> list[Row]:
+def fact_table(runs: Sequence[Run]) -> Table:
+    """What was trained on what, how far, and on which machine."""
     rows: dict[str, list[Cell]] = {
         "folder": [str(run.folder) for run in runs],
         "state": [state(run) for run in runs],
@@ -72,8 +73,9 @@ def facts(runs: Sequence[Run]) -> list[Row]:
     }
     rows |= model_facts(runs)
     versions = [_last_start(run).get("versions", {}) for run in runs]
-    rows |= {package: [known.get(package) for known in versions] for known in versions for package in known}
-    return [Row(name.replace("_", " "), cells) for name, cells in rows.items() if any(cell for cell in cells)]
+    rows |= {package: [its.get(package) for its in versions] for one in versions for package in one}
+    known = {name: cells for name, cells in rows.items() if any(cell for cell in cells)}
+    return Table("Runs", [Row(name.replace("_", " "), cells) for name, cells in known.items()])
 
 
 def model_facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:

@@ -14,7 +14,7 @@ from PIL import Image
 from vqgan_accel import __version__
 from vqgan_accel.evaluation.figures import grid_tiles
 from vqgan_accel.report.charts import COLOURS, sections
-from vqgan_accel.report.compare import is_best, shown, state, tables
+from vqgan_accel.report.compare import config_tables, fact_table, is_best, score_tables, shown, state
 from vqgan_accel.report.run import Run, read_runs
 from vqgan_accel.run_folder import REPORT, naming, write_atomically
 from vqgan_accel.training.pace import duration
@@ -61,16 +61,15 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    about, *others = tables(runs)
     return environment.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         version=__version__,
         runs=runs,
         colours=COLOURS,
         summaries=[summary(run) for run in runs],
-        about=about,
-        differences=[table for table in others if table.title.startswith("Differences")],
-        scores=[table for table in others if not table.title.startswith("Differences")],
+        about=fact_table(runs),
+        differences=config_tables(runs),
+        scores=score_tables(runs),
         gallery=gallery(runs),
         sections=sections(runs),
         shown=shown,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vqgan_accel.config import Config, GumbelQuantizerConfig, batch_scale
+from vqgan_accel.config import Config, GumbelQuantizerConfig, TrainingConfig, batch_scale
 from vqgan_accel.data.order import steps_per_epoch
 from vqgan_accel.training.schedules import cosine, learning_rate
 
@@ -93,9 +93,7 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
     if num_images is None:
         require_steps(config)
     epoch = steps_per_epoch(num_images, total) if num_images is not None else None
-    limits = [training.max_steps] if training.max_steps is not None else []
-    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None and epoch is not None else []
-    total_steps = min(limits)
+    total_steps = total_steps_of(training, epoch)
     if total_steps < 1:
         raise ValueError(f"training.max_epochs {training.max_epochs} is less than one step of {epoch} an epoch")
     warmup = training.lr_warmup.steps(epoch)
@@ -122,6 +120,13 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
         validate_every=max(1, training.validate_every.steps(epoch)),
         checkpoint_every=max(1, training.checkpoint_every.steps(epoch)),
     )
+
+
+def total_steps_of(training: TrainingConfig, epoch: int | None) -> int:
+    """At max_epochs or max_steps, whichever comes first; an epoch has `epoch` steps, None where nobody knows."""
+    limits = [training.max_steps] if training.max_steps is not None else []
+    limits += [round(training.max_epochs * epoch)] if training.max_epochs is not None and epoch is not None else []
+    return min(limits)
 
 
 def require_steps(config: Config) -> None:
