@@ -23,7 +23,7 @@ from vqgan_accel.config import load_config
 from vqgan_accel.data.loading import evaluation_loader, to_float
 from vqgan_accel.data.opening import open_source
 from vqgan_accel.interop.tokenize import tokenize
-from vqgan_accel.models.networks import build_tokenizer
+from vqgan_accel.models.build import build_tokenizer
 
 
 def main() -> None:
