@@ -29,7 +29,8 @@ from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
 
 def half_cosine(start: float, end: float, step: int, steps: int) -> float:
     """From `start` at step 0 to `end` at `steps`, and on."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+    done = min(step / steps, 1.0) if steps else 1.0
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 class PlainTrainer:
@@ -48,11 +49,12 @@ class PlainTrainer:
 
         only = "decoder." if training.decoder_only else ""
         trained = {name: p for name, p in self.tokenizer.named_parameters() if name.startswith(only)}
-        undecayed = [name for name, p in trained.items() if p.ndim == 1 or name == "quantizer.codebook"]
+        kernels = [p for name, p in trained.items() if p.ndim > 1 and name != "quantizer.codebook"]
+        others = [p for name, p in trained.items() if p.ndim == 1 or name == "quantizer.codebook"]
         adamw: dict[str, Any] = {"betas": training.betas, "eps": training.eps}
         groups = [
-            {"params": [p for name, p in trained.items() if name not in undecayed], "weight_decay": training.weight_decay},
-            {"params": [p for name, p in trained.items() if name in undecayed], "weight_decay": 0.0},
+            {"params": kernels, "weight_decay": training.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         self.optimizers = {"tokenizer": AdamW(groups, **adamw)}
         self.discriminator = build_discriminator(config)
@@ -81,14 +83,12 @@ class PlainTrainer:
     def images(self, step: int, samples: Sequence[int]) -> Tensor:
         """(B, 3, H, W) in [-1, 1]: those samples of the step's global batch"""
         epoch, place = divmod(step, self.steps_per_epoch)
-        data, order = self.config.data, epoch_order(self.config.seed, epoch, len(self.files))
-        indices = [int(order[place * self.config.training.total_batch_size + sample]) for sample in samples]
-        views = [
-            training_view(
-                Image.open(self.files[i]), data.image_size, data.crop_scale, data.horizontal_flip, self.config.seed, epoch, i
-            )
-            for i in indices
-        ]
+        data, seed, first = self.config.data, self.config.seed, place * self.config.training.total_batch_size
+        order = epoch_order(seed, epoch, len(self.files))
+        views = []
+        for index in (int(order[first + sample]) for sample in samples):
+            crop = (data.image_size, data.crop_scale, data.horizontal_flip)
+            views.append(training_view(Image.open(self.files[index]), *crop, seed, epoch, index))
         return torch.stack(views) / 127.5 - 1
 
     def step(self, step: int) -> None:
@@ -316,8 +316,9 @@ class Gumbel:
         if self.trainer.config.training.decoder_only:
             p = F.one_hot(logits.argmax(1), config.num_codes).float().permute(0, 3, 1, 2)
         else:
-            draws = [torch.empty(logits.shape[1:]).exponential_(generator=torch.Generator().manual_seed(s)) for s in seeds]
-            p = ((logits - torch.stack(draws).log()) / temperature).softmax(1)
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = [-torch.empty(logits.shape[1:]).exponential_(generator=draw).log() for draw in draws]
+            p = ((logits + torch.stack(noise)) / temperature).softmax(1)
             if config.straight_through:
                 p = F.one_hot(p.argmax(1), config.num_codes).permute(0, 3, 1, 2) + p - p.detach()
         mixed = torch.einsum("bkhw,kd->bdhw", p, codebook)
