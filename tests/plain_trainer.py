@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -224,8 +224,9 @@ class Quantized(NamedTuple):
 class NearestCode:
     """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term."""
 
-    def __init__(self, network: nn.Module, trainer: PlainTrainer) -> None:
-        self.network, self.trainer, self.config = network, trainer, trainer.config.quantizer
+    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
+        self.network, self.trainer = network, trainer
+        self.config: Any = trainer.config.quantizer
         self.seen: list[tuple[Tensor, Tensor]] = []  # tokens and their codes since the last update
 
     def unit(self, vectors: Tensor) -> Tensor:
@@ -302,8 +303,9 @@ class NearestCode:
 class Gumbel:
     """softmax((logits + Gumbel noise) / temperature) of the codes; loss: KL(q(code | position) || uniform)."""
 
-    def __init__(self, network: nn.Module, trainer: PlainTrainer) -> None:
-        self.network, self.trainer, self.config = network, trainer, trainer.config.quantizer
+    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
+        self.network, self.trainer = network, trainer
+        self.config: Any = trainer.config.quantizer
 
     def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
         config, codebook = self.config, self.network.codebook
