@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers import TAMING, spread_codebook
+from helpers import TAMING
 from plain_trainer import PlainTrainer
 from runs import metrics, tensors
-from safetensors.torch import save_file
-from tiny import DISCRIMINATOR, merged, tiny_config
+from start import config_with_start, smooth_leaky_relu
+from tiny import DISCRIMINATOR, merged
 from torch import Tensor
 
 from vqgan_accel.config import Config, validated
 from vqgan_accel.models.discriminators import stylegan2
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.training.loop import train
 
 TOLERANCE = 1e-5  # relative: of each logged value, and of the largest entry of each weight
@@ -110,8 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The discriminator without the kink at which rounding decides the slope."""
-    monkeypatch.setattr(stylegan2, "leaky_relu", lambda x: 0.6 * x + 0.4 * (x.square() + 1e-2).sqrt())
+    monkeypatch.setattr(stylegan2, "leaky_relu", smooth_leaky_relu)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,24 +126,11 @@ def test_twelve_steps_are_those_of_the_plain_trainer(case: str, tmp_path: Path) 
 
 
 def prepared(case: dict[str, Any], folder: Path) -> Config:
-    """Its config, and in folder/start what it starts with: codes as far apart as latents, so that rounding decides no
-    tie, and no bias at 0 or norm at 1."""
-    start = folder / "start"
-    values = merged(merged(BASE, case), {"training": {"init_from": str(start / "tokenizer")}})
-    if "type" in values["autoencoder"]:
-        values["autoencoder"] = case["autoencoder"]
-    config = tiny_config(folder, **values)
-    torch.manual_seed(0)
-    tokenizer, discriminator = build_tokenizer(config), build_discriminator(config)
-    spread_codebook(tokenizer.quantizer)
-    for network in (tokenizer, discriminator):
-        for parameter in network.parameters() if network else ():
-            if parameter.ndim == 1:
-                parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    tokenizer.save_pretrained(start / "tokenizer")
-    if discriminator is not None:
-        save_file(discriminator.state_dict(), start / "discriminator.safetensors")
-    return config
+    """Its config; in folder/start is what it starts with."""
+    values = merged(BASE, case)
+    if "type" in case.get("autoencoder", {}):
+        values["autoencoder"] = case["autoencoder"]  # another architecture, with keys of its own
+    return config_with_start(folder, values)
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
