@@ -62,6 +62,8 @@ CASES = [
     *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
     *(Case("ema", "adaptive", "sgd", processes, 2, "taming") for processes in (1, 2)),
 ]
+# An epsilon as large as gradients are keeps AdamW from making steps of their rounding, and lets clipping show.
+ADAMW = {"base_lr": 1e-3, "betas": [0.8, 0.95], "eps": 1e-3, "weight_decay": 5.0, "max_grad_norm": 0.2}
 CHANGED_AT = 12  # steps
 CHANGES = [
     (Case(q, "adaptive", "adamw", processes, 1), Case(q, "adaptive", "adamw", 3 - processes, 1))
@@ -83,7 +85,7 @@ def settings(case: Case) -> dict[str, Any]:
             "lr_decay": f"{STEPS} steps",
             "total_batch_size": BATCH,
             "gradient_accumulation_steps": case.rounds,
-            "base_lr": 0.02 if case.optimizer == "sgd" else 1e-4,
+            **(ADAMW if case.optimizer == "adamw" else {"base_lr": 0.02}),
             "lr_scaling": "none",
             "ema_decay": 0.9,
             "log_every": 1,
