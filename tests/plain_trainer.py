@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from vqgan_accel.config import Config
 from vqgan_accel.data.order import epoch_order
 from vqgan_accel.data.transforms import training_view
-from vqgan_accel.models.networks import build_discriminator
+from vqgan_accel.models.build import build_discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
 

@@ -12,7 +12,7 @@ from tiny import merged, tiny_config
 from torch import Tensor
 
 from vqgan_accel.config import Config
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 
 
 def config_with_start(folder: Path, values: dict[str, Any]) -> Config:

@@ -26,15 +26,14 @@ class Due(NamedTuple):
 
 
 def due(plan: Plan, step: int) -> Due:
-    quantizer = plan.config.quantizer
     return Due(
         plan.learning_rate_at(step),
-        plan.adversarial_at(step),
-        plan.reaches_tokenizer_at(step),
+        plan.phase_at(step) != "absent",
+        plan.phase_at(step) == "teaching",
         plan.r1_at(step),
         plan.ends_epoch(step + 1),
         plan.reinit_at(step),
-        plan.gumbel_at(step, quantizer) if quantizer.type == "gumbel" else None,
+        tuple(plan.quantizer_at(step).values()) or None,
     )
 
 
