@@ -776,9 +776,9 @@ def record_waits(place: Place, what: str, waits: Counter[str], expected: str) ->
 def check_loader(place: Place) -> None:
     """From JPEGs of 500 x 375 px to float32 batches (32, 3, 256, 256) on the device, through pinned memory."""
     from vqgan_accel.config import DataConfig
-    from vqgan_accel.data.loading import to_float, training_loader
-    from vqgan_accel.data.opening import open_source
+    from vqgan_accel.data.opening import open_source, training_loader
     from vqgan_accel.data.order import TrainingOrder
+    from vqgan_accel.data.views import to_float
 
     batch_size, size, seconds = (32, 256, 4.0) if place.cuda else (4, 32, 0.2)
     for workers in (8, 16) if place.cuda else (1,):

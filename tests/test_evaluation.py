@@ -27,8 +27,8 @@ from torch.distributed.run import main as torchrun
 from torchvision import models as tv
 
 from vqgan_accel.config import EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
-from vqgan_accel.data.loading import Batch, to_float
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import codebook_histogram
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics

@@ -21,9 +21,9 @@ from vqgan_accel.config import Config, DataConfig, literal, parse_config, valida
 from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.division import Group, Part
 from vqgan_accel.data.info import SplitInfo, split_info
-from vqgan_accel.data.loading import Failure, read_image
 from vqgan_accel.data.opening import backend_of, open_indexed, open_whole, require_apart
 from vqgan_accel.data.source import ImageSource, MissingSplitError
+from vqgan_accel.data.views import Failure, read_image
 from vqgan_accel.decisions import (
     HEADROOM,
     Choice,

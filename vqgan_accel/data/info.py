@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.content import content_hash, content_sum
-from vqgan_accel.data.loading import Failure, TrainingViews, reason_of, training_loader
-from vqgan_accel.data.opening import open_indexed, require_apart, require_reader
+from vqgan_accel.data.opening import open_indexed, require_apart, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
+from vqgan_accel.data.views import Failure, TrainingViews, reason_of
 from vqgan_accel.interruption import worker_options
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels

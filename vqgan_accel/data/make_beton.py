@@ -32,9 +32,9 @@ from vqgan_accel.data.beton import (
     beton_origin,
     row_type,
 )
-from vqgan_accel.data.loading import REMEDY, Failure, read_image
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of
 from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
+from vqgan_accel.data.views import REMEDY, Failure, read_image
 from vqgan_accel.interruption import worker_options
 from vqgan_accel.run_folder import lock, naming, sync
 

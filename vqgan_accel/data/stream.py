@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.hub import image_rows, load_rows, open_cell
-from vqgan_accel.data.loading import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 from vqgan_accel.data.transforms import evaluation_view
+from vqgan_accel.data.views import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
 
 MAX_LANES = 64  # each is a file that is open at the same time

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.data.loading import evaluation_loader, to_float
-from vqgan_accel.data.opening import open_source, require_apart
+from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
+from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity

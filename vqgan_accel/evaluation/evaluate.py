@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, load_config, parse_config
-from vqgan_accel.data.loading import Batch, evaluation_loader, to_float
-from vqgan_accel.data.opening import count_images, open_source, require_apart
+from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
@@ -51,7 +51,7 @@ def evaluate_tokenizer(
     grid_images: int,
     hash_pixels: bool = False,
 ) -> Evaluation:
-    """`batches`: this process's share, see data.loading.evaluation_loader. Every rank calls it; all get the same
+    """`batches`: this process's share, see data.opening.evaluation_loader. Every rank calls it; all get the same
     results.
 
     The shares need not be equal: sums are kept per process and reduced once, so nothing is padded or counted twice.

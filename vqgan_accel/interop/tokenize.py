@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
-from vqgan_accel.data.loading import Batch, Failure, read_image, to_float, views_loader
-from vqgan_accel.data.opening import open_indexed, require_apart, split_of
+from vqgan_accel.data.opening import open_indexed, require_apart, split_of, views_loader
 from vqgan_accel.data.source import ImageSource, Labels, in_utf8
 from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
+from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.models.tokenizer import ImageTokenizer

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from vqgan_accel.compat import uncompiled
 from vqgan_accel.config import LOWER_IS_BETTER, Config, GumbelQuantizerConfig
-from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.opening import backend_of
 from vqgan_accel.data.order import global_index
+from vqgan_accel.data.views import to_float
 from vqgan_accel.distributed import decided_by_main, gathered, num_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
 from vqgan_accel.evaluation.figures import reconstruction_grid

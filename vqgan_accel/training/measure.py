@@ -13,8 +13,8 @@ from torch.optim import AdamW
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, DataConfig
-from vqgan_accel.data.loading import TrainingViews
 from vqgan_accel.data.source import ImageSource
+from vqgan_accel.data.views import TrainingViews
 from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.training.steps import discriminator_backward, generator_backward

@@ -18,10 +18,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, batch_scale
 from vqgan_accel.data.content import require_content
-from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
-from vqgan_accel.data.opening import backend_of, count_images, open_source, require_apart, require_reader
+from vqgan_accel.data.opening import (
+    backend_of,
+    count_images,
+    evaluation_loader,
+    open_source,
+    require_apart,
+    require_reader,
+    training_loader,
+    training_order,
+)
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource
+from vqgan_accel.data.views import Batch
 from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
