@@ -28,7 +28,6 @@ from vqgan_accel.data.views import REMEDY, Failure, Item, augmented, reason_of, 
 from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
 
 MAX_LANES = 64  # each is a file that is open at the same time
-BEGINNING: dict[str, Any] = {"epoch": 0, "block": 0, "place": 0, "row": 0, "shard": None}  # of a lane
 MAX_ROWS = 2**32  # in a shard
 
 
@@ -76,12 +75,50 @@ class StreamSource:
             raise ValueError(f"{self.title} shard {number} cannot be read: {reason_of(error)}; repair it") from error
 
 
-class Block(NamedTuple):
-    """A shuffle buffer's worth of rows, and where it begins."""
+class Mark(NamedTuple):
+    """A place in a lane: where a block of rows begins, and how many of them were given. As a dict it is what a
+    checkpoint's stream.json has of the lane."""
 
-    first: int  # how many rows the lane had given before it
-    state: dict[str, Any]  # to make it again
+    epoch: int  # passes before
+    block: int  # blocks before, in this pass
+    size: int  # rows of the block where the pass has as many: of the run that began it, whatever data.shuffle_buffer is
+    place: int = 0  # of its first row's shard, in the order of this pass
+    row: int = 0  # which one that is, in its shard
+    shard: dict[str, Any] | None = None  # how `datasets` finds that row again; None: it is the shard's first
+    first: int = 0  # rows that the lane gave before the block
+    skip: int = 0  # rows that it gave of the block
+
+
+class Block(NamedTuple):
+    """A shuffle buffer's worth of rows, as they are stored."""
+
+    begin: Mark
     rows: list[Row]
+
+
+class Shard:
+    """A file's rows from one of them on, and which one comes next."""
+
+    def __init__(self, source: StreamSource, number: int, row: int = 0, state: dict[str, Any] | None = None) -> None:
+        """`state`: what `state` was where `row` came next."""
+        self.number = number
+        self.row = row
+        self.state = state
+        self.stream = source.shard(number)
+        if state is not None:
+            self.stream.load_state_dict(state)
+        self.cells = source.cells(number, self.stream)
+
+    def take(self, count: int, epoch: int) -> list[Row]:
+        """The next `count` rows, fewer only where the file ends."""
+        start = self.number * MAX_ROWS + self.row
+        rows = [Row(epoch, start + place, cell) for place, cell in enumerate(islice(self.cells, count))]
+        self.row += len(rows)
+        return rows
+
+    def keep_place(self) -> None:
+        """A block may begin here."""
+        self.state = self.stream.state_dict()
 
 
 class Lane:
@@ -104,64 +141,58 @@ class Lane:
         self.number = number
         self.shards = range(number, source.num_shards, num_lanes)
         self.block_size = block_size
-        self.begin = state or BEGINNING | {"size": block_size, "first": 0, "skip": 0}
-        self.start = self.begin["first"] + self.begin["skip"]  # rows given before
-        self.blocks: deque[dict[str, Any]] = deque()  # where those begin that a checkpoint may still ask for
+        self.begin = Mark(**state) if state else Mark(0, 0, block_size)
+        self.start = self.begin.first + self.begin.skip  # rows given before
+        self.marks: deque[Mark] = deque()  # of the blocks that a checkpoint may still ask for
 
     def __iter__(self) -> Iterator[Row]:
-        skip = self.begin["skip"]
-        for block in self._read():
-            self.blocks.append(block.state | {"first": block.first})
-            rng = generator(STREAM_BLOCK, self.seed, self.number, block.state["epoch"], block.state["block"])
-            order = rng.permutation(len(block.rows))
-            yield from (block.rows[place] for place in order[skip:])
+        skip = self.begin.skip
+        for begin, rows in self._blocks():
+            self.marks.append(begin)
+            rng = generator(STREAM_BLOCK, self.seed, self.number, begin.epoch, begin.block)
+            order = rng.permutation(len(rows))
+            yield from (rows[place] for place in order[skip:])
             skip = 0
 
     def state_at(self, count: int) -> dict[str, Any]:
         """Where the lane stood when it had given `count` rows in all; earlier counts are forgotten."""
-        while len(self.blocks) > 1 and self.blocks[1]["first"] <= count:
-            self.blocks.popleft()
-        block = self.blocks[0] if self.blocks else self.begin
-        return block | {"skip": count - block["first"]}
+        while len(self.marks) > 1 and self.marks[1].first <= count:
+            self.marks.popleft()
+        mark = self.marks[0] if self.marks else self.begin
+        return mark._replace(skip=count - mark.first)._asdict()
 
-    def _read(self) -> Iterator[Block]:
-        """All passes, from self.begin on."""
-        position, first = self.begin, self.begin["first"]
+    def _blocks(self) -> Iterator[Block]:
+        """Of all passes, from self.begin on."""
+        begin = self.begin
         while True:
-            start = first
-            for state, rows in self._read_pass(position):
-                yield Block(first, state, rows)
-                first += len(rows)
-            if first == start and position["place"] == position["row"] == 0:
+            given = begin.first
+            for block in self._blocks_of_pass(begin):
+                yield block
+                given = block.begin.first + len(block.rows)
+            if given == begin.first and begin.place == begin.row == 0:
                 names = ", ".join(str(shard) for shard in self.shards[:10])
                 raise ValueError(f"{self.source.title} has no rows in the shards {names}; remove empty files")
-            position = BEGINNING | {"epoch": position["epoch"] + 1, "size": self.block_size}
+            begin = Mark(begin.epoch + 1, 0, self.block_size, first=given)
 
-    def _read_pass(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-        """The blocks of one pass from `position` on, each with the position at which it begins."""
-        epoch, block = position["epoch"], position["block"]
-        size = position["size"]  # of the block in which a run was stopped, whatever data.shuffle_buffer is now
-        order = generator(STREAM_ORDER, self.seed, self.number, epoch).permutation(len(self.shards))
-        rows: list[Row] = []
-        for place in range(position["place"], len(order)):
-            shard = self.shards[order[place]]
-            stream, row, state = self.source.shard(shard), 0, None
-            if place == position["place"] and position["shard"] is not None:
-                row, state = position["row"], position["shard"]
-                stream.load_state_dict(state)
-            cells = self.source.cells(shard, stream)
+    def _blocks_of_pass(self, begin: Mark) -> Iterator[Block]:
+        """Of the pass in which `begin` lies, from there on. A block may reach over the ends of shards."""
+        order = generator(STREAM_ORDER, self.seed, self.number, begin.epoch).permutation(len(self.shards))
+        mark, rows = begin, list[Row]()
+        for place in range(begin.place, len(order)):
+            row, state = (begin.row, begin.shard) if place == begin.place else (0, None)
+            shard = Shard(self.source, self.shards[order[place]], row, state)
             while True:
                 if not rows:
-                    begin = {"epoch": epoch, "block": block, "size": size, "place": place, "row": row, "shard": state}
-                for cell in islice(cells, size - len(rows)):
-                    rows.append(Row(epoch, shard * MAX_ROWS + row, cell))
-                    row += 1
-                if len(rows) < size:
+                    mark = mark._replace(place=place, row=shard.row, shard=shard.state)
+                rows += shard.take(mark.size - len(rows), begin.epoch)
+                if len(rows) < mark.size:
                     break  # the shard is at its end
-                yield begin, rows
-                rows, size, block, state = [], self.block_size, block + 1, stream.state_dict()
+                yield Block(mark, rows)
+                shard.keep_place()
+                mark = mark._replace(size=self.block_size, block=mark.block + 1, first=mark.first + len(rows))
+                rows = []
         if rows:
-            yield begin, rows
+            yield Block(mark, rows)
 
 
 class StreamOrder:
