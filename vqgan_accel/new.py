@@ -18,7 +18,6 @@ from PIL import Image
 
 from vqgan_accel.commented_yaml import commented_yaml, quoted
 from vqgan_accel.config import Config, DataConfig, literal, parse_config, validated
-from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.division import Group, Part
 from vqgan_accel.data.info import SplitInfo, split_info
 from vqgan_accel.data.opening import backend_of, open_indexed, open_whole, require_apart
@@ -268,10 +267,10 @@ def look(data: DataConfig) -> SplitInfo:
 def cut_off(data: DataConfig, told: Group | None) -> Choices:
     """A validation split, where there is none. ValueError where there are too few images for one."""
     source = open_whole(data, "train")
-    if isinstance(source, BetonSource):
+    names = source.stored_names()
+    if names is None:
         open_indexed(data, "validation")  # says what there is instead
         return {}
-    names = source.stored_names()
     division = division_of(names, alikeness(source, names), told)
     if division is None:
         raise ValueError(

@@ -46,6 +46,7 @@ class Part:
 
     def __init__(self, whole: ImageSource, indices: NDArray[np.int64], rule: str) -> None:
         self.whole = whole
+        self.title = whole.title
         self.indices = indices  # (N,) into `whole`
         self.rule = rule
 
@@ -57,6 +58,10 @@ class Part:
 
     def file_name(self, index: int) -> str:
         return self.whole.file_name(int(self.indices[index]))
+
+    def stored_names(self) -> list[str] | None:
+        names = self.whole.stored_names()
+        return names and [names[index] for index in self.indices]
 
     def labels(self) -> Labels | None:
         labels = self.whole.labels()
