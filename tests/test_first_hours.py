@@ -18,7 +18,7 @@ from vqgan_accel.data.make_beton import BetonOptions, make_betons
 from vqgan_accel.data.opening import open_indexed
 from vqgan_accel.describe import perceptual_flop
 from vqgan_accel.evaluation.reconstruct import reconstruct
-from vqgan_accel.run_folder import FolderHeldError
+from vqgan_accel.files import FolderHeldError
 from vqgan_accel.training.loop import train
 
 EMA = {"data": {"path": "x"}, "training": {"max_steps": 1}, "quantizer": {"type": "ema", "num_codes": 64, "decay": 0.9}}

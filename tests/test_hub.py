@@ -17,8 +17,8 @@ from vqgan_accel.cli import main
 from vqgan_accel.config import load_config, parse_config
 from vqgan_accel.evaluation.evaluate import evaluate
 from vqgan_accel.interop.hub import export_hub, public
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer
 from vqgan_accel.training.loop import train
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

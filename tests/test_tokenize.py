@@ -29,9 +29,9 @@ from vqgan_accel import load_tokens
 from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig
 from vqgan_accel.data.transforms import evaluation_view
+from vqgan_accel.files import lock
 from vqgan_accel.interop import tokenize as module
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import lock
 
 CLASSES = {"ant": 5, "bee": 4, "cat": 2}  # images
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqgan_accel import __version__
+from vqgan_accel.files import FolderHeldError
 from vqgan_accel.interruption import EXIT_INTERRUPTED, TrainingInterruptedError
-from vqgan_accel.run_folder import FolderHeldError
 
 USER_ERRORS = (
     ValueError,

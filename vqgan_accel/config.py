@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from vqgan_accel.files import write_atomically
 from vqgan_accel.recipes import recipes
-from vqgan_accel.run_folder import write_atomically
 
 GROUP_NORM_GROUPS = 32
 

@@ -40,10 +40,10 @@ from vqgan_accel.decisions import (
     run_seconds,
 )
 from vqgan_accel.describe import latent_summary
+from vqgan_accel.files import write_atomically
 from vqgan_accel.losses.perceptual import backbone_of
 from vqgan_accel.models.weights import cached_weights
 from vqgan_accel.recipes import recipes
-from vqgan_accel.run_folder import write_atomically
 from vqgan_accel.training.measure import Timings, measure_step, measure_views
 from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan, make_plan

@@ -14,10 +14,11 @@ from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.files import require_absent, written_as_a_whole
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.quantizers import Quantizer, count_codes
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite
-from vqgan_accel.run_folder import find_tokenizer, require_absent, written_as_a_whole
 
 TABLE = "codebook.csv"
 

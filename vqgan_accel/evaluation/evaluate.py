@@ -25,10 +25,12 @@ from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
+from vqgan_accel.files import write_json
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.networks import layout_differences
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS, find_tokenizer, write_json
+from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
 
 
 class Evaluation(NamedTuple):

@@ -26,8 +26,9 @@ from vqgan_accel.data.transforms import to_rgb
 from vqgan_accel.data.views import reason_of, to_float
 from vqgan_accel.evaluation.figures import to_uint8
 from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.files import written_as_a_whole
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
 
 TABLE = "reconstructions.csv"
 OVERLAP = 64  # pixels that neighbouring tiles share, faded from one to the other

@@ -8,10 +8,11 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor
 
 from vqgan_accel.config import TamingConfig
+from vqgan_accel.files import written_as_a_whole
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.quantizers import CodebookQuantizer
 from vqgan_accel.models.taming import network_options
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
 
 CODEBOOK = "quantize.embedding.weight"  # VQModel's name of it
 # VQModel's name of a layer or a network -> ours; the longer ones first

@@ -12,17 +12,11 @@ from huggingface_hub.errors import HFValidationError
 from vqgan_accel.config import Config, WeightFiles, parse_config, save_config
 from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.evaluation.evaluate import UNITS, evaluation_config
+from vqgan_accel.files import require_absent, write_json, written_as_a_whole
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import (
-    CONFIG,
-    EVALUATION,
-    EVALUATION_RESULTS,
-    find_tokenizer,
-    require_absent,
-    write_json,
-    written_as_a_whole,
-)
+from vqgan_accel.run_folder import CONFIG, EVALUATION, EVALUATION_RESULTS
 
 SHOWN = ("results", "tokenizer_sha256", "skipped_images", "protocol", "fingerprint")  # of evaluate.py's report
 

@@ -33,9 +33,10 @@ from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIE
 from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.evaluation.evaluate import evaluation_config
+from vqgan_accel.files import lock, naming, sync, write_json
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite, state_hash
-from vqgan_accel.run_folder import find_tokenizer, lock, naming, sync, write_json
 
 SHARD_IMAGES = 10_000  # at most, unless told otherwise
 SAMPLE = 32  # images whose pixels are hashed

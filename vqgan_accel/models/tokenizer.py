@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, sentences
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.networks import build_autoencoder
 from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
 from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
-from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN, find_tokenizer
+from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11

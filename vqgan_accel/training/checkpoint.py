@@ -34,17 +34,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from vqgan_accel.files import sync, write_json
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import (
-    DISCRIMINATOR,
-    TOKENIZER,
-    TOKENIZER_EMA,
-    checkpoints,
-    checkpoints_folder,
-    step_name,
-    sync,
-    write_json,
-)
+from vqgan_accel.run_folder import DISCRIMINATOR, TOKENIZER, TOKENIZER_EMA, checkpoints, checkpoints_folder, step_name
 
 OPTIMIZERS = "optimizers.safetensors"
 PROGRESS = "progress.json"

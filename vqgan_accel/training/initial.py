@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from vqgan_accel.config import Config
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.networks import layout_differences
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import fit_state, load_state
-from vqgan_accel.run_folder import DISCRIMINATOR, find_tokenizer
+from vqgan_accel.run_folder import DISCRIMINATOR
 
 SETTING = "training.init_from"
 

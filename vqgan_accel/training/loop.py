@@ -25,10 +25,11 @@ from vqgan_accel.data.views import to_float
 from vqgan_accel.distributed import decided_by_main, gathered, num_processes, sum_over_processes
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
 from vqgan_accel.evaluation.figures import reconstruction_grid
+from vqgan_accel.files import naming, write_json
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
-from vqgan_accel.run_folder import VALIDATION, checkpoints_folder, naming, picture_file, write_json
+from vqgan_accel.run_folder import VALIDATION, checkpoints_folder, picture_file
 from vqgan_accel.training.checkpoint import save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
 from vqgan_accel.training.pace import Pace

@@ -34,10 +34,11 @@ from vqgan_accel.data.views import Batch
 from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.files import lock
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
-from vqgan_accel.run_folder import checkpoints, checkpoints_folder, lock, step_name, step_of
+from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
 from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.initial import begin_with
