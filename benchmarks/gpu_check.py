@@ -908,7 +908,7 @@ class Runner:
         # CUDA survives no fork; without it a fork saves the imports, which are the longest part there
         self.processes = multiprocessing.get_context("spawn" if cuda else "fork")
         if not cuda:
-            for name in ("cli", "evaluation.codebook", "evaluation.reconstruct", "interop.tokenize", "training.loop"):
+            for name in ("cli", "evaluation.codebook", "evaluation.reconstruct", "tokens.write", "training.loop"):
                 importlib.import_module(f"vqgan_accel.{name}")
         (folder / "shared").mkdir()
 

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from vqgan_accel import load_tokenizer, load_tokens, reconstruct, tokenize
-from vqgan_accel.data.tokens import read_manifest
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interop.lightning import import_lightning
+from vqgan_accel.tokens.read import read_manifest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "lightning_standard_head"

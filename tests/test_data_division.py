@@ -22,7 +22,7 @@ from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.info import data_info
 from vqgan_accel.data.make_beton import BetonOptions, make_betons
 from vqgan_accel.data.opening import open_indexed
-from vqgan_accel.interop.tokenize import tokenize
+from vqgan_accel.tokens.write import tokenize
 from vqgan_accel.training.loop import train
 
 NAMES = [

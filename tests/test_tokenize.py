@@ -30,8 +30,8 @@ from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig
 from vqgan_accel.data.transforms import evaluation_view
 from vqgan_accel.files import lock
-from vqgan_accel.interop import tokenize as module
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.tokens import write as module
 
 CLASSES = {"ant": 5, "bee": 4, "cat": 2}  # images
 

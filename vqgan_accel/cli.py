@@ -342,7 +342,7 @@ def run_codebook(options: argparse.Namespace) -> None:
 
 def run_tokenize(options: argparse.Namespace) -> None:
     from vqgan_accel.distributed import leaving_process_group
-    from vqgan_accel.interop.tokenize import tokenize
+    from vqgan_accel.tokens.write import tokenize
 
     settings = [*data_overrides(options.data), f"evaluation.split={options.split}", *options.overrides]
     with leaving_process_group():

@@ -46,9 +46,12 @@ class Part:
 
     def __init__(self, whole: ImageSource, indices: NDArray[np.int64], rule: str) -> None:
         self.whole = whole
-        self.title = whole.title
         self.indices = indices  # (N,) into `whole`
         self.rule = rule
+
+    @property
+    def title(self) -> str:
+        return self.whole.title
 
     def __len__(self) -> int:
         return len(self.indices)

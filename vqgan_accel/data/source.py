@@ -43,7 +43,9 @@ class MissingSplitError(FileNotFoundError, ValueError):
 class ImageSource(Protocol):
     """The images of one split. An index means the same image for ever and on every machine."""
 
-    title: str  # what an error sentence calls them all: a folder, a file, or 'DATASET[split]'
+    @property
+    def title(self) -> str:
+        """What an error sentence calls them all: a folder, a file, or 'DATASET[split]'."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""`vqgan-accel tokenize`: the codes of a whole data set, for the second stage (see data/tokens.py for what is written).
+"""`vqgan-accel tokenize`: the codes of a whole data set, for the second stage (see read.py for what is written).
 
 A shard is a function of its number: of which images it holds, in which batches they are encoded. So processes share the
 shards, and a run that was killed writes those that are missing: no image twice, none left out.
@@ -28,7 +28,6 @@ from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of, views_loader
 from vqgan_accel.data.source import ImageSource, Labels, in_utf8
-from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
@@ -37,6 +36,7 @@ from vqgan_accel.files import lock, naming, sync, write_json
 from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite, state_hash
+from vqgan_accel.tokens.read import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 
 SHARD_IMAGES = 10_000  # at most, unless told otherwise
 SAMPLE = 32  # images whose pixels are hashed
