@@ -11,13 +11,11 @@ from torch import Tensor
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
 from vqgan_accel.data.views import to_float
-from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
 from vqgan_accel.files import require_absent, written_as_a_whole
-from vqgan_accel.models.finding import find_tokenizer
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.quantizers import Quantizer, count_codes
-from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite
 
 TABLE = "codebook.csv"
@@ -33,13 +31,12 @@ def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
     `data.path`. Errors are those of evaluate.
     """
     require_absent(output)  # before all images are encoded
-    folder, config_file = find_tokenizer(path)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides)
+    opened = open_tokenizer(path)
+    tokenizer, config = opened.tokenizer, opened.config(overrides)
     source = open_source(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
     device = start_accelerator("no").device
-    require_finite(tokenizer, str(folder))
+    require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
     for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):

@@ -27,7 +27,7 @@ from vqgan_accel.data.views import reason_of, to_float
 from vqgan_accel.evaluation.figures import to_uint8
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import written_as_a_whole
-from vqgan_accel.models.finding import find_tokenizer
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
 TABLE = "reconstructions.csv"
@@ -65,9 +65,10 @@ def reconstruct(
     for path in paths:
         require_outside(output, path, "--output")
     files = named_images(paths)
-    folder, _ = find_tokenizer(Path(model))
+    opened = open_tokenizer(model)
     device = accelerator_device() or torch.device("cpu")
-    tokenizer = ImageTokenizer.from_pretrained(folder).to(device)
+    tokenizer = opened.tokenizer
+    tokenizer.to(device)  # type: ignore[arg-type]  # diffusers wraps the method, and mypy loses self
     bits = math.log2(tokenizer.quantizer.num_codes)
     measures = {  # before anything is made, for they may lack their networks' weights
         able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqgan_accel.config import TamingConfig
 from vqgan_accel.files import written_as_a_whole
-from vqgan_accel.models.finding import find_tokenizer
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.quantizers import CodebookQuantizer
 from vqgan_accel.models.taming import network_options
 from vqgan_accel.models.tokenizer import ImageTokenizer
@@ -31,12 +31,11 @@ def export_diffusers(path: Path, output: Path) -> list[str]:
     path: a run, a checkpoint, a saved tokenizer or a name on the hub. Returns a line that says what was done.
     ValueError where VQModel cannot be what the tokenizer is.
     """
-    folder, _ = find_tokenizer(path)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    model = as_vq_model(tokenizer, str(path))
+    opened = open_tokenizer(path)
+    model = as_vq_model(opened.tokenizer, str(path))
     with written_as_a_whole(output) as partial:
         model.save_pretrained(partial)
-    return [f"{output}: {folder} as diffusers' VQModel, {tokenizer.quantizer.num_codes} codes"]
+    return [f"{output}: {opened.folder} as diffusers' VQModel, {opened.tokenizer.quantizer.num_codes} codes"]
 
 
 def as_vq_model(tokenizer: ImageTokenizer, source: str) -> VQModel:

@@ -31,9 +31,8 @@ from vqgan_accel.data.source import ImageSource, Labels, in_utf8
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
-from vqgan_accel.evaluation.evaluate import evaluation_config
 from vqgan_accel.files import lock, naming, sync, write_json
-from vqgan_accel.models.finding import find_tokenizer
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite, state_hash
 from vqgan_accel.tokens.read import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
@@ -64,9 +63,8 @@ def tokenize(
     output = Path(output)
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
-    folder, config_file = find_tokenizer(Path(model))
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides)
+    opened = open_tokenizer(model)
+    tokenizer, config = opened.tokenizer, opened.config(overrides)
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
@@ -75,7 +73,7 @@ def tokenize(
     with ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], list[int]]:
-            require_finite(tokenizer, str(folder))
+            require_finite(tokenizer, str(opened.folder))
             require_tokens_or_nothing(output)
             (output / "data").mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(output))
