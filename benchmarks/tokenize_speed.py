@@ -55,7 +55,7 @@ def main() -> None:
                 tokenizer.encode(to_float(batch))
 
         def whole() -> None:
-            tokenize(folder / "tokenizer", folder / f"tokens{next(turns)}", overrides=settings)
+            tokenize(folder / "tokenizer", output=folder / f"tokens{next(turns)}", overrides=settings)
 
         seconds = fastest({"bare": bare, "tokenize": whole}, arguments.repeats)
     print(

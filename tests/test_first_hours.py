@@ -54,7 +54,7 @@ def test_what_would_write_among_the_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir .* lies among the images of"):
         train(config.model_copy(update={"output_dir": str(inside)}))
     with pytest.raises(ValueError, match=r"--output .* lies among the images of"):
-        reconstruct(tmp_path, [tmp_path / "images"], tmp_path / "images" / "out")
+        reconstruct(tmp_path, inputs=[tmp_path / "images"], output=tmp_path / "images" / "out")
     assert not inside.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,17 +23,19 @@ TABLE = "codebook.csv"
 
 
 @torch.no_grad()
-def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
+def codebook(
+    model: str | Path, *, data: str | Path | None = None, output: str | Path, overrides: Sequence[str] = ()
+) -> list[str]:
     """Write output/usage.png (each code's share of the tokens), neighbours.png (how far codes lie from one another),
     pca.png (where they lie, and how often each is used) and codebook.csv (code, uses, nearest other code, its
     distance). Returns lines that say what they show.
 
-    path: a run, a checkpoint, a saved tokenizer or a name on the hub; uses are counted on `evaluation.split` of
-    `data.path`. Errors are those of evaluate.
+    model, data, overrides, errors: as evaluate's; uses are counted on `evaluation.split` of `data.path`.
     """
+    output = Path(output)
     require_absent(output)  # before all images are encoded
-    opened = open_tokenizer(path)
-    tokenizer, config = opened.tokenizer, opened.config(overrides)
+    opened = open_tokenizer(model)
+    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     source = open_source(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
     device = start_accelerator("no").device

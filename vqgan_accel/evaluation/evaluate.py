@@ -94,17 +94,24 @@ def pixel_hash(image: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:5], "little")
 
 
-def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> dict[str, Any]:
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measure a tokenizer on every image of `evaluation.split` of `data.path`; on many processes every one calls it.
 
-    model: what `load_tokenizer` takes. overrides: `section.key=value`, of the run's config or, where there is none, of
-    the defaults. Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT
-    beside the run's config, or in the tokenizer's folder), prints a table, and returns what metrics.json holds:
-    `results`, metric -> value (psnr in dB, codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides
-    them besides the tokenizer, and its `fingerprint`: numbers compare if and only if theirs are equal. ValueError or
-    FileNotFoundError where the tokenizer, the images or a feature network's weights cannot be had.
+    model: what `load_tokenizer` takes; data: images in place of the run's own, whatever data.path may be; overrides:
+    `section.key=value`, of the run's config or, where there is none, of the defaults. Writes metrics.json,
+    reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the run's config, or in the
+    tokenizer's folder), prints a table, and returns what metrics.json holds: `results`, metric -> value (psnr in dB,
+    codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides them besides the tokenizer, and its
+    `fingerprint`: numbers compare if and only if theirs are equal. ValueError or FileNotFoundError where the tokenizer,
+    the images or a feature network's weights cannot be had.
 
-    >>> report = evaluate("runs/first", ["evaluation.metrics=[psnr, codebook]"])
+    >>> report = evaluate("runs/first", overrides=["evaluation.metrics=[psnr, codebook]"])
     runs/first/checkpoints/... on 3 images
     ...
     >>> sorted(report["results"])
@@ -112,7 +119,7 @@ def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Pat
     """
     model = Path(model)
     opened = open_tokenizer(model)
-    tokenizer, folder, config = opened.tokenizer, opened.folder, opened.config(overrides)
+    tokenizer, folder, config = opened.tokenizer, opened.folder, opened.config(overrides, data)
     accelerator = start_accelerator("no")
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)

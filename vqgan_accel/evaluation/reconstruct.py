@@ -43,6 +43,7 @@ class Reconstruction(NamedTuple):
 
 def reconstruct(
     model: str | Path,
+    *,
     inputs: Sequence[str | Path],
     output: str | Path,
     tile: int = 1024,
@@ -57,7 +58,7 @@ def reconstruct(
     height (pixels), codes, bits_per_pixel and the metrics (psnr in dB), of which one that the image is too small for is
     None. FileNotFoundError or ValueError names what is wrong; the folder appears when it is complete.
 
-    >>> rows = reconstruct("runs/first", ["photographs/validation"], "reconstructions")
+    >>> rows = reconstruct("runs/first", inputs=["photographs/validation"], output="reconstructions")
     >>> rows[0]["width"], rows[0]["codes"], rows[0]["bits_per_pixel"]
     (20, 25, 0.25)
     """

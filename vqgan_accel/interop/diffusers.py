@@ -25,16 +25,16 @@ NAMES = {
 }
 
 
-def export_diffusers(path: Path, output: Path) -> list[str]:
+def export_diffusers(model: str | Path, *, output: str | Path) -> list[str]:
     """Write a folder that `diffusers.VQModel.from_pretrained(output)` reads; the model gives our reconstructions.
 
-    path: a run, a checkpoint, a saved tokenizer or a name on the hub. Returns a line that says what was done.
+    model: a run, a checkpoint, a saved tokenizer or a name on the hub. Returns a line that says what was done.
     ValueError where VQModel cannot be what the tokenizer is.
     """
-    opened = open_tokenizer(path)
-    model = as_vq_model(opened.tokenizer, str(path))
-    with written_as_a_whole(output) as partial:
-        model.save_pretrained(partial)
+    opened = open_tokenizer(model)
+    vq_model = as_vq_model(opened.tokenizer, str(model))
+    with written_as_a_whole(Path(output)) as partial:
+        vq_model.save_pretrained(partial)
     return [f"{output}: {opened.folder} as diffusers' VQModel, {opened.tokenizer.quantizer.num_codes} codes"]
 
 

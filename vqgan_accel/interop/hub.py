@@ -20,15 +20,16 @@ from vqgan_accel.run_folder import CONFIG, EVALUATION, EVALUATION_RESULTS
 SHOWN = ("results", "tokenizer_sha256", "skipped_images", "protocol", "fingerprint")  # of evaluate.py's report
 
 
-def export_hub(path: Path, output: Path, repo: str | None = None) -> list[str]:
+def export_hub(model: str | Path, *, output: str | Path, repo: str | None = None) -> list[str]:
     """Write output/ with the tokenizer of a run, a checkpoint or a saved tokenizer (`ImageTokenizer.from_pretrained`
     reads it), config.yaml, evaluation_SPLIT.json of what was measured with just these weights, and README.md, the model
     card. Returns lines that say what is in it. repo: the name USER/NAME that it will have, for the card.
 
     Paths of this machine stay out of it. FileNotFoundError or ValueError where there is no tokenizer.
     """
+    output = Path(output)
     require_absent(output)
-    opened = open_tokenizer(path)
+    opened = open_tokenizer(model)
     tokenizer, folder, config = opened.tokenizer, opened.folder, public(opened.config())
     reports = measurements(opened.home / EVALUATION, state_hash(tokenizer))
     name = repo or f"USER/{output.name}"

@@ -43,20 +43,23 @@ SAMPLE = 32  # images whose pixels are hashed
 
 def tokenize(
     model: str | Path,
+    *,
+    data: str | Path | None = None,
     output: str | Path,
+    overrides: Sequence[str] = (),
     views: str = "center",
     shard_images: int | None = None,
-    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the codes of `evaluation.split` of `data.path` as parquet, which `load_tokens` reads; the main process
     returns the finished manifest. Every process calls it.
 
-    model: what `load_tokenizer` takes, whose config the overrides change. views: `center`, `flip` (two views an image)
-    or `10crop` (ten). shard_images: images in a file, by default 10,000, or fewer where not every process would have a
-    file. Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of
-    the same images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
+    model: what `load_tokenizer` takes; data: images in place of the run's own, whatever data.path may be; overrides:
+    `section.key=value`, of the run's config. views: `center`, `flip` (two views an image) or `10crop` (ten).
+    shard_images: images in a file, by default 10,000, or fewer where not every process would have a file. Broken images
+    stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of the same images by the
+    same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
 
-    >>> manifest = tokenize("runs/first", "tokens", views="flip", overrides=["evaluation.split=train"])
+    >>> manifest = tokenize("runs/first", output="tokens", views="flip", overrides=["evaluation.split=train"])
     >>> manifest["rows"], manifest["code_grid"], manifest["num_codes"]
     (16, [4, 4], 16)
     """
@@ -64,7 +67,7 @@ def tokenize(
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
     opened = open_tokenizer(model)
-    tokenizer, config = opened.tokenizer, opened.config(overrides)
+    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
