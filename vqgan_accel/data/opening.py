@@ -23,7 +23,8 @@ from vqgan_accel.extras import is_installed
 
 if TYPE_CHECKING:
     from vqgan_accel.data.ffcv import FfcvLoader
-    from vqgan_accel.data.stream import StreamOrder, StreamSource
+    from vqgan_accel.data.lanes import StreamOrder
+    from vqgan_accel.data.stream import StreamSource
 
 GET_FFCV = (
     "run `bash launch/install_ffcv.sh VENV` (Debian, Ubuntu), or set data.backend=beton, which reads the same files "
@@ -121,7 +122,7 @@ def training_order(
     """
     if isinstance(source, ImageSource):
         return TrainingOrder(num_images=len(source), **position)
-    from vqgan_accel.data.stream import StreamOrder
+    from vqgan_accel.data.lanes import StreamOrder
 
     return StreamOrder(source, shuffle_buffer=config.shuffle_buffer, states=stream_states, **position)
 

@@ -47,7 +47,7 @@ from vqgan_accel.training.record import changes_since_the_beginning, record_conf
 from vqgan_accel.training.tracking import Tracking, check_trackers
 
 if TYPE_CHECKING:
-    from vqgan_accel.data.stream import StreamOrder
+    from vqgan_accel.data.lanes import StreamOrder
 
 LARGEST_SCALE = 4.0  # of the learning rate by the batch size, or its inverse, without a remark
 # config keys that decide which tensors a checkpoint holds
