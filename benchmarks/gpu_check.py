@@ -779,9 +779,9 @@ def record_waits(place: Place, what: str, waits: Counter[str], expected: str) ->
 def check_loader(place: Place) -> None:
     """From JPEGs of 500 x 375 px to float32 batches (32, 3, 256, 256) on the device, through pinned memory."""
     from vqgan_accel.config import DataConfig
-    from vqgan_accel.data.loading import to_float, training_loader
-    from vqgan_accel.data.opening import open_source
+    from vqgan_accel.data.opening import open_source, training_loader
     from vqgan_accel.data.order import TrainingOrder
+    from vqgan_accel.data.views import to_float
 
     batch_size, size, seconds = (32, 256, 4.0) if place.cuda else (4, 32, 0.2)
     for workers in (8, 16) if place.cuda else (1,):
@@ -912,7 +912,7 @@ class Runner:
         # CUDA survives no fork; without it a fork saves the imports, which are the longest part there
         self.processes = multiprocessing.get_context("spawn" if cuda else "fork")
         if not cuda:
-            for name in ("cli", "evaluation.codebook", "evaluation.reconstruct", "interop.tokenize", "training.loop"):
+            for name in ("cli", "evaluation.codebook", "evaluation.reconstruct", "tokens.write", "training.loop"):
                 importlib.import_module(f"vqgan_accel.{name}")
         (folder / "shared").mkdir()
 

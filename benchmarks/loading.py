@@ -30,10 +30,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.loading import to_float, training_loader
 from vqgan_accel.data.make_beton import BetonOptions, make_betons
-from vqgan_accel.data.opening import open_source, require_reader
+from vqgan_accel.data.opening import open_source, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.data.views import to_float
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 from demo_photographs import TRAIN, photograph

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vqgan_accel.config import Config, load_config
-from vqgan_accel.data.loading import Batch, to_float
+from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.interruption import StopRequest
 from vqgan_accel.training.loop import adversary_at, train_to_the_end
 from vqgan_accel.training.round import tokenizer_backward

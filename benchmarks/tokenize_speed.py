@@ -20,10 +20,10 @@ from step_flops import RECIPE
 from step_time import fastest
 
 from vqgan_accel.config import load_config
-from vqgan_accel.data.loading import evaluation_loader, to_float
-from vqgan_accel.data.opening import open_source
-from vqgan_accel.interop.tokenize import tokenize
+from vqgan_accel.data.opening import evaluation_loader, open_source
+from vqgan_accel.data.views import to_float
 from vqgan_accel.models.build import build_tokenizer
+from vqgan_accel.tokens.write import tokenize
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
                 tokenizer.encode(to_float(batch))
 
         def whole() -> None:
-            tokenize(folder / "tokenizer", folder / f"tokens{next(turns)}", overrides=settings)
+            tokenize(folder / "tokenizer", output=folder / f"tokens{next(turns)}", overrides=settings)
 
         seconds = fastest({"bare": bare, "tokenize": whole}, arguments.repeats)
     print(

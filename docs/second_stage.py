@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from vqgan_accel import load_tokenizer, load_tokens, reconstruct, tokenize
-from vqgan_accel.data.tokens import read_manifest
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.interop.lightning import import_lightning
+from vqgan_accel.tokens.read import read_manifest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "lightning_standard_head"
@@ -49,7 +49,7 @@ def main() -> None:
         settings = [f"data.path={images}", "evaluation.split=train", "data.workers=0"]
         import_and_look(arguments.checkpoint, arguments.config, images, output)
         print("\n$ vqgan-accel tokenize imported --data images --views flip --output tokens")
-    manifest = tokenize(tokenizer, output / "tokens", views="flip", overrides=settings)
+    manifest = tokenize(tokenizer, output=output / "tokens", views="flip", overrides=settings)
     print(f"{manifest['rows']} grids of {manifest['code_grid']} codes below {manifest['num_codes']}")
 
     print('\n>>> load_tokens("tokens")')
@@ -61,7 +61,7 @@ def import_and_look(checkpoint: Path, config: Path, images: Path, output: Path) 
     print("\n".join(import_lightning(checkpoint, config, output / "imported")))
 
     print("\n$ vqgan-accel reconstruct imported images --output reconstructions")
-    for row in reconstruct(output / "imported", [images], output / "reconstructions", tile=1024):
+    for row in reconstruct(output / "imported", inputs=[images], output=output / "reconstructions", tile=1024):
         print(f"{row['width']} x {row['height']} px: PSNR {row['psnr']:.2f} dB, {row['bits_per_pixel']:.3f} bits/pixel")
 
 

@@ -44,7 +44,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from vqgan_accel.run_folder import lock
+from vqgan_accel.files import lock
 
 held = lock(Path(sys.argv[1]))
 print("locked", flush=True)

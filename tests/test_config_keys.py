@@ -99,7 +99,7 @@ def train_every_kind(folder: Path) -> None:
     for kind in ("standard", "ema", "entropy"):
         quantizer = {"type": kind, "reinit_every_epochs": 1}
         train(tiny_config(folder / kind, quantizer=quantizer, **(more if kind == "standard" else {})))
-    evaluate(folder / "entropy" / "run", ["evaluation.split=test"])
+    evaluate(folder / "entropy" / "run", overrides=["evaluation.split=test"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
     train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
     train(tiny_config(folder / "taming", autoencoder=TAMING, data={"validation_fraction": 0.3}))

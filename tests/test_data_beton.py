@@ -18,8 +18,7 @@ from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.beton import ALLOCATION, FIELD, HEADER, BetonSource
-from vqgan_accel.data.loading import evaluation_loader
-from vqgan_accel.data.opening import backend_of, open_source
+from vqgan_accel.data.opening import backend_of, evaluation_loader, open_source
 from vqgan_accel.training.loop import train
 
 SIZES = ((24, 16), (16, 23), (31, 31), (8, 8), (40, 9))  # width, height

@@ -22,7 +22,7 @@ from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.info import data_info
 from vqgan_accel.data.make_beton import BetonOptions, make_betons
 from vqgan_accel.data.opening import open_indexed
-from vqgan_accel.interop.tokenize import tokenize
+from vqgan_accel.tokens.write import tokenize
 from vqgan_accel.training.loop import train
 
 NAMES = [
@@ -218,7 +218,7 @@ def test_a_run_trains_validates_and_resumes_on_a_flat_folder(tmp_path, capsys):
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
     for side in SIDES:
         settings = ["data.workers=0", f"evaluation.split={side}"]
-        manifest = tokenize(run, tmp_path / side, "center", None, settings)
+        manifest = tokenize(run, output=tmp_path / side, overrides=settings)
         assert manifest["rows"] == (len(part) if side == "validation" else 24 - len(part))
     assert (tmp_path / "validation" / "data" / "validation-00000-of-00001.parquet").is_file()
 

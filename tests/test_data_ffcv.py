@@ -24,10 +24,10 @@ from torch import Tensor
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data import make_beton
 from vqgan_accel.data.beton import FIELD, HEADER, BetonSource
-from vqgan_accel.data.loading import Batch, training_loader
 from vqgan_accel.data.make_beton import BetonOptions, WriteMode, make_betons
-from vqgan_accel.data.opening import open_source
+from vqgan_accel.data.opening import open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.data.views import Batch
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training.loop import train
 

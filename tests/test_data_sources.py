@@ -16,8 +16,7 @@ from images import noise, write_images
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.hub import HubSource
-from vqgan_accel.data.loading import evaluation_loader, training_loader
-from vqgan_accel.data.opening import open_source
+from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
 
 

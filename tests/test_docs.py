@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import tiny_config
 
 import vqgan_accel
-from vqgan_accel.cli import build_parser
+from vqgan_accel.arguments import build_parser
 from vqgan_accel.config import Config, config_keys
 from vqgan_accel.sections import Section
 from vqgan_accel.training.loop import train

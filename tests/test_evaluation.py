@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.run import main as torchrun
 from torchvision import models as tv
 
+from vqgan_accel.cli import main
 from vqgan_accel.config import EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
-from vqgan_accel.data.loading import Batch, to_float
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import codebook_histogram
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics
@@ -114,7 +115,7 @@ def as_uint8(images: Tensor) -> np.ndarray:
 def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
     saved: Path, seven: Path, here: Path
 ) -> None:
-    report = evaluate(saved, overrides(seven), here)
+    report = evaluate(saved, overrides=overrides(seven), output=here)
     pixels = pixels_of(sorted((seven / "validation").iterdir()))
     codes, reconstructions = rebuilt(saved, pixels)
     x, y = pixels.numpy() / 255, (reconstructions.numpy().astype(np.float64) + 1) / 2
@@ -142,7 +143,7 @@ def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
 
 def test_without_a_run_the_data_must_be_named(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path is not set"):
-        evaluate(saved, [])
+        evaluate(saved)
 
 
 @pytest.mark.parametrize("batch_size", [3, 7, 32])
@@ -150,7 +151,8 @@ def test_results_and_fingerprint_do_not_depend_on_the_batch_size(
     batch_size: int, saved: Path, seven: Path, here: Path
 ) -> None:
     expected, report = (
-        evaluate(saved, overrides(seven, batch_size=batch), here / str(batch)) for batch in (1, batch_size)
+        evaluate(saved, overrides=overrides(seven, batch_size=batch), output=here / str(batch))
+        for batch in (1, batch_size)
     )
     assert report["results"] == pytest.approx(expected["results"], rel=1e-6, abs=SSIM)
     assert report["fingerprint"] == expected["fingerprint"]
@@ -158,13 +160,13 @@ def test_results_and_fingerprint_do_not_depend_on_the_batch_size(
 
 def test_a_saved_tokenizer_is_measured_at_its_own_image_size(tmp_path: Path, seven: Path, here: Path) -> None:
     tiny_tokenizer(STANDARD, image_size=20).save_pretrained(tmp_path / "tokenizer")  # its stride is 4
-    assert evaluate(tmp_path / "tokenizer", overrides(seven), here)["protocol"]["image_size"] == 20
+    assert evaluate(tmp_path / "tokenizer", overrides=overrides(seven), output=here)["protocol"]["image_size"] == 20
 
 
 def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path: Path, seven: Path) -> None:
     tiny_tokenizer(STANDARD, image_size=32, channel_multipliers=(1,) * 5).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"data\.image_size 16 .*32, the stride"):
-        evaluate(tmp_path, overrides(seven, "data.image_size=16"))
+        evaluate(tmp_path, overrides=overrides(seven, "data.image_size=16"))
 
 
 # ---- what points to the tokenizer
@@ -173,7 +175,7 @@ def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path: Path,
 def test_a_run_is_its_latest_checkpoint_whatever_leads_there(run: Path, here: Path) -> None:
     newest = run / "checkpoints" / "step_00000003"
     ways = [run, newest, run / "checkpoints" / "latest", newest / "tokenizer_ema"]
-    reports = [evaluate(path, [], here) for path in ways]
+    reports = [evaluate(path, output=here) for path in ways]
     for report in reports:
         assert report["results"] == reports[0]["results"]
         assert report["fingerprint"] == reports[0]["fingerprint"]
@@ -182,7 +184,7 @@ def test_a_run_is_its_latest_checkpoint_whatever_leads_there(run: Path, here: Pa
 
 def test_the_best_link_is_the_checkpoint_that_it_leads_to(run: Path, here: Path) -> None:
     best, second, latest = (
-        evaluate(run / "checkpoints" / name, [], here) for name in ("best", "step_00000002", "latest")
+        evaluate(run / "checkpoints" / name, output=here) for name in ("best", "step_00000002", "latest")
     )
     assert best["results"] == second["results"] != latest["results"]
     assert best["tokenizer_sha256"] == second["tokenizer_sha256"] != latest["tokenizer_sha256"]
@@ -192,34 +194,45 @@ def test_the_best_link_is_the_checkpoint_that_it_leads_to(run: Path, here: Path)
 def test_averaged_weights_are_taken_where_the_checkpoint_has_them(run: Path, tmp_path: Path, here: Path) -> None:
     checkpoint = run / "checkpoints" / "step_00000003"
     plain, averaged = (ImageTokenizer.from_pretrained(checkpoint / name) for name in ("tokenizer", "tokenizer_ema"))
-    report = evaluate(checkpoint, [], here)
+    report = evaluate(checkpoint, output=here)
     assert report["tokenizer_sha256"] == state_hash(averaged) != state_hash(plain)
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003" / "tokenizer_ema")
-    report = evaluate(tmp_path / "run", [], here)
+    report = evaluate(tmp_path / "run", output=here)
     assert report["tokenizer_sha256"] == state_hash(plain)
 
 
 def test_evaluate_gives_what_validation_gave_in_training(run: Path, here: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (last,) = [line for line in lines if line["step"] == 3 and "validation/l2" in line]
-    results = evaluate(run, [], here)["results"]
+    results = evaluate(run, output=here)["results"]
     assert results == {name: last[f"validation/{name}"] for name in RESULTS}
 
 
 def test_a_tokenizer_that_is_taken_out_of_its_run_gives_the_same(run: Path, tmp_path: Path, here: Path) -> None:
     folder = shutil.copytree(run / "checkpoints" / "step_00000003" / "tokenizer_ema", tmp_path / "a" / "b" / "c" / "d")
-    expected = evaluate(run, [], here)
-    report = evaluate(folder, overrides(run.parent / "images"), here)
+    expected = evaluate(run, output=here)
+    report = evaluate(folder, overrides=overrides(run.parent / "images"), output=here)
     for name in ("results", "fingerprint", "tokenizer_sha256"):
         assert report[name] == expected[name], name
+
+
+def test_the_data_that_is_named_takes_the_place_of_the_runs_own(run: Path, tmp_path: Path, here: Path) -> None:
+    write_images(tmp_path / "a: b" / "validation", 5)
+    settings = ["data.workers=0", "evaluation.metrics=[l2, psnr]"]
+    expected = evaluate(run, output=here, overrides=[f"data.path='{tmp_path / 'a: b'}'", *settings])
+    report = evaluate(run, data=tmp_path / "a: b", output=here / "called", overrides=settings)
+    command = ["evaluate", str(run), f"--data={tmp_path / 'a: b'}", f"--output={here / 'commanded'}", *settings]
+    assert main(command) == 0
+    assert report == expected == json.loads((here / "commanded" / "metrics.json").read_text())
+    assert report["protocol"]["num_images"] == 5
 
 
 # ---- what is written
 
 
 def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, here: Path) -> None:
-    report = evaluate(run, ["evaluation.split=test"], here)
+    report = evaluate(run, overrides=["evaluation.split=test"], output=here)
     assert json.loads((here / "metrics.json").read_text()) == report
     tokenizer = run / "checkpoints" / "step_00000003" / "tokenizer_ema"
     protocol = report["protocol"]
@@ -252,7 +265,9 @@ def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path
     torch.manual_seed(0)
     torch.save(tv.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
     settings = ["evaluation.lpips_network=squeeze", f"weights.squeezenet={tmp_path / 'squeezenet.pth'}"]
-    report = evaluate(saved, overrides(seven, *settings, "data.image_size=32", metrics=("lpips", "codebook")), here)
+    report = evaluate(
+        saved, overrides=overrides(seven, *settings, "data.image_size=32", metrics=("lpips", "codebook")), output=here
+    )
     protocol = report["protocol"]
     assert (protocol["metrics"], protocol["lpips_network"]) == (["lpips", "codebook"], "squeeze")
     weights = WeightFiles(squeezenet=str(tmp_path / "squeezenet.pth"))
@@ -265,14 +280,14 @@ def test_results_go_beside_the_runs_config_or_into_the_tokenizers_folder_or_wher
     run: Path, saved: Path, seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"metrics.json", "reconstructions.png", "codebook.png"}
-    evaluate(run / "checkpoints" / "best", ["evaluation.split=train"])
+    evaluate(run / "checkpoints" / "best", overrides=["evaluation.split=train"])
     assert {path.name for path in (run / "evaluation" / "train").iterdir()} == files
     folder = shutil.copytree(saved, tmp_path / "tokenizer")
-    evaluate(folder, overrides(seven))
+    evaluate(folder, overrides=overrides(seven))
     assert {path.name for path in (folder / "evaluation" / "validation").iterdir()} == files
     shutil.rmtree(run / "evaluation")
     monkeypatch.setattr("vqgan_accel.evaluation.evaluate.codebook_histogram", codebook_histogram)  # not blank
-    evaluate(run, [], tmp_path / "new" / "folder")
+    evaluate(run, output=tmp_path / "new" / "folder")
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == files
     assert not (run / "evaluation").exists()
     with Image.open(tmp_path / "new" / "folder" / "codebook.png") as picture:
@@ -294,7 +309,7 @@ def expected_grid(folder: Path, files: list[Path]) -> np.ndarray:
 def test_the_grid_shows_the_splits_first_images_over_their_reconstructions(
     wanted: int, shown: int, saved: Path, seven: Path, here: Path
 ) -> None:
-    evaluate(saved, overrides(seven, f"evaluation.grid_images={wanted}"), here)
+    evaluate(saved, overrides=overrides(seven, f"evaluation.grid_images={wanted}"), output=here)
     picture = np.asarray(Image.open(here / "reconstructions.png")).astype(int)
     expected = expected_grid(saved, sorted((seven / "validation").iterdir())[:shown])
     assert picture.shape == expected.shape
@@ -303,14 +318,14 @@ def test_the_grid_shows_the_splits_first_images_over_their_reconstructions(
 
 
 def test_no_grid_is_written_where_none_is_wanted(saved: Path, seven: Path, here: Path) -> None:
-    evaluate(saved, overrides(seven, "evaluation.grid_images=0"), here)
+    evaluate(saved, overrides=overrides(seven, "evaluation.grid_images=0"), output=here)
     assert {path.name for path in here.iterdir()} == {"metrics.json", "codebook.png"}
 
 
 def test_the_table_says_what_was_measured_and_where_it_is(
     saved: Path, seven: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = evaluate(saved, overrides(seven), here)
+    report = evaluate(saved, overrides=overrides(seven), output=here)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{saved} on 7 images"
     assert [line.split()[0] for line in lines[1:-2]] == RESULTS
@@ -332,13 +347,13 @@ def assert_same_grid(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def usual(saved: Path, seven: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of the seven images under the usual overrides."""
-    return evaluate(saved, overrides(seven), tmp_path_factory.mktemp("usual"))["fingerprint"]
+    return evaluate(saved, overrides=overrides(seven), output=tmp_path_factory.mktemp("usual"))["fingerprint"]
 
 
 @pytest.fixture
 def fingerprint_of(saved: Path, here: Path) -> Callable[..., str]:
     def of(data: Path, *more: str, tokenizer: Path = saved, **settings: Any) -> str:
-        return evaluate(tokenizer, overrides(data, *more, **settings), here)["fingerprint"]
+        return evaluate(tokenizer, overrides=overrides(data, *more, **settings), output=here)["fingerprint"]
 
     return of
 
@@ -413,9 +428,9 @@ def test_a_broken_image_is_left_out_and_counted_where_the_config_says_so(
     broken: tuple[Path, Path], saved: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, without = broken
-    expected = evaluate(saved, overrides(without), here / "without")
+    expected = evaluate(saved, overrides=overrides(without), output=here / "without")
     capsys.readouterr()
-    report = evaluate(saved, overrides(data, "data.on_error=skip"), here)
+    report = evaluate(saved, overrides=overrides(data, "data.on_error=skip"), output=here)
     assert (report["protocol"]["num_images"], report["skipped_images"]) == (6, 1)
     assert expected["skipped_images"] == 0
     assert report["results"] == pytest.approx(expected["results"], rel=1e-6, abs=1e-7)
@@ -425,14 +440,14 @@ def test_a_broken_image_is_left_out_and_counted_where_the_config_says_so(
 
 def test_a_broken_image_stops_the_evaluation_by_default(broken: tuple[Path, Path], saved: Path, here: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read image .*00[05]\.png"):
-        evaluate(saved, overrides(broken[0]), here)
+        evaluate(saved, overrides=overrides(broken[0]), output=here)
     assert not (here / "metrics.json").exists()
 
 
 def test_a_broken_image_leaves_no_hole_in_the_grid(broken: tuple[Path, Path], saved: Path, here: Path) -> None:
     data, without = broken
-    evaluate(saved, overrides(without), here / "without")
-    evaluate(saved, overrides(data, "data.on_error=skip"), here)
+    evaluate(saved, overrides=overrides(without), output=here / "without")
+    evaluate(saved, overrides=overrides(data, "data.on_error=skip"), output=here)
     assert_same_grid(here, here / "without")
 
 
@@ -446,7 +461,7 @@ def test_a_frechet_distance_of_one_image_is_refused(saved: Path, tmp_path: Path,
     write_images(tmp_path / "data" / "validation", 1)
     settings = overrides(tmp_path / "data", random_mobilenet(tmp_path), metrics=("psnr", "fd_mobilenet"))
     with pytest.raises(ValueError, match="a Frechet distance needs at least 2 images and the split has 1"):
-        evaluate(saved, settings, here)
+        evaluate(saved, overrides=settings, output=here)
     assert not here.exists()
 
 
@@ -455,7 +470,7 @@ def test_a_frechet_distance_of_one_readable_image_is_refused(saved: Path, tmp_pa
     (tmp_path / "data" / "validation" / "broken.png").touch()
     settings = [random_mobilenet(tmp_path), "data.on_error=skip"]
     with pytest.raises(ValueError, match="a Frechet distance needs at least 2 images"):
-        evaluate(saved, overrides(tmp_path / "data", *settings, metrics=("fd_mobilenet",)), here)
+        evaluate(saved, overrides=overrides(tmp_path / "data", *settings, metrics=("fd_mobilenet",)), output=here)
 
 
 def test_training_refuses_to_validate_a_frechet_distance_on_one_image_before_it_begins(tmp_path: Path) -> None:
@@ -475,7 +490,7 @@ def test_a_tokenizer_whose_output_is_not_a_number_writes_no_results(saved: Path,
     tokenizer.decoder.conv_out.weight.data.fill_(float("nan"))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="nan"):
-        evaluate(tmp_path / "tokenizer", overrides(seven), tmp_path / "results")
+        evaluate(tmp_path / "tokenizer", overrides=overrides(seven), output=tmp_path / "results")
     assert not (tmp_path / "results" / "metrics.json").exists()
 
 
@@ -579,7 +594,7 @@ from vqgan_accel.evaluation.evaluate import evaluate
 import torch.distributed as dist
 *arguments, _, output = sys.argv[1:]
 with leaving_process_group():
-    evaluate(Path(arguments[0]), arguments[1:], Path(output))
+    evaluate(Path(arguments[0]), overrides=arguments[1:], output=Path(output))
     sys.stdout.write(f"RANK {dist.get_rank()} OF {dist.get_world_size()} {dist.get_backend()}\n")
 """
 
@@ -598,7 +613,7 @@ def test_two_processes_under_torchrun_give_the_results_of_one(
     ranks = sorted(line for line in lines if line.startswith("RANK"))
     assert ranks == ["RANK 0 OF 2 gloo", "RANK 1 OF 2 gloo"]
     assert [line for line in lines if "images" in line] == [f"{saved} on 7 images"]  # one table
-    one = evaluate(saved, overrides(seven), tmp_path / "one")
+    one = evaluate(saved, overrides=overrides(seven), output=tmp_path / "one")
     assert_same_report(json.loads((tmp_path / "two" / "metrics.json").read_text()), one)
     assert_same_grid(tmp_path / "two", tmp_path / "one")
 
@@ -623,7 +638,7 @@ metrics.MobileNetFrechetFeatures = SmallFeatures
 folder = Path(sys.argv[1])
 calls = json.loads((folder / "calls.json").read_text())
 with leaving_process_group():
-    reports = [evaluate(Path(path), settings, Path(output)) for path, settings, output in calls]
+    reports = [evaluate(Path(path), overrides=settings, output=Path(output)) for path, settings, output in calls]
     told = {"rank": dist.get_rank(), "size": dist.get_world_size(), "backend": dist.get_backend(), "reports": reports}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
 """
@@ -680,7 +695,7 @@ def test_three_processes_give_the_results_of_one_on_each_of_them(
     case: str, three: dict[str, tuple[Arguments, list[dict[str, Any]]]], small_features: None, here: Path
 ) -> None:
     (path, settings, output), reports = three[case]
-    one = evaluate(path, settings, here)
+    one = evaluate(path, overrides=settings, output=here)
     assert list(one["results"]) == [*RESULTS, "fd_mobilenet"]
     for report in reports:
         assert report == reports[0]

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from PIL import Image
 from torch import Tensor
 
-from vqgan_accel.data.loading import to_float
+from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid, to_uint8
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
 

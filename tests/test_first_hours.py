@@ -18,7 +18,7 @@ from vqgan_accel.data.make_beton import BetonOptions, make_betons
 from vqgan_accel.data.opening import open_indexed
 from vqgan_accel.describe import perceptual_flop
 from vqgan_accel.evaluation.reconstruct import reconstruct
-from vqgan_accel.run_folder import FolderHeldError
+from vqgan_accel.files import FolderHeldError
 from vqgan_accel.training.loop import train
 
 EMA = {"data": {"path": "x"}, "training": {"max_steps": 1}, "quantizer": {"type": "ema", "num_codes": 64, "decay": 0.9}}
@@ -54,7 +54,7 @@ def test_what_would_write_among_the_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir .* lies among the images of"):
         train(config.model_copy(update={"output_dir": str(inside)}))
     with pytest.raises(ValueError, match=r"--output .* lies among the images of"):
-        reconstruct(tmp_path, [tmp_path / "images"], tmp_path / "images" / "out")
+        reconstruct(tmp_path, inputs=[tmp_path / "images"], output=tmp_path / "images" / "out")
     assert not inside.exists()
 
 

@@ -17,8 +17,8 @@ from vqgan_accel.cli import main
 from vqgan_accel.config import load_config, parse_config
 from vqgan_accel.evaluation.evaluate import evaluate
 from vqgan_accel.interop.hub import export_hub, public
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer
 from vqgan_accel.training.loop import train
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,8 +46,8 @@ def run(tmp_path: Path) -> Path:
     """Trained for two steps and evaluated, and trained no further."""
     config = tiny_config(tmp_path, discriminator=DISCRIMINATOR, quantizer={"type": "ema"})
     folder = train(config)
-    evaluate(folder, [])
-    evaluate(folder, ["evaluation.split=test"])
+    evaluate(folder)
+    evaluate(folder, overrides=["evaluation.split=test"])
     return folder
 
 
@@ -55,7 +55,7 @@ def test_a_repository_holds_weights_recipe_measurements_and_a_card(run: Path, tm
     other = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
     other["tokenizer_sha256"] = "that of an earlier checkpoint"
     (run / "evaluation" / "test" / "metrics.json").write_text(json.dumps(other))
-    lines = export_hub(run, tmp_path / "birds-f4")
+    lines = export_hub(run, output=tmp_path / "birds-f4")
     report = json.loads((run / "evaluation" / "validation" / "metrics.json").read_text())
     assert lines[1:] == [f"measured on validation: protocol {report['fingerprint']}"]
     names = {path.name for path in (tmp_path / "birds-f4").iterdir()}
@@ -81,10 +81,10 @@ def test_a_tokenizer_that_was_never_measured_says_so(tmp_path: Path) -> None:
     folder = train(tiny_config(tmp_path))
     tokenizer = folder / "checkpoints" / "latest" / "tokenizer"
     shutil.copytree(tokenizer, tmp_path / "alone")  # away from its run
-    assert export_hub(tmp_path / "alone", tmp_path / "out")[1:] == ["not measured: see evaluate.py"]
+    assert export_hub(tmp_path / "alone", output=tmp_path / "out")[1:] == ["not measured: see evaluate.py"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Not measured." in card and 'from_pretrained("USER/out")' in card
-    export_hub(tmp_path / "alone", tmp_path / "named", repo="me/birds")
+    export_hub(tmp_path / "alone", output=tmp_path / "named", repo="me/birds")
     assert 'from_pretrained("me/birds")' in (tmp_path / "named" / "README.md").read_text()
 
 
@@ -104,21 +104,21 @@ def test_a_config_of_another_tokenizer_is_not_taken_for_the_recipe(run: Path, tm
         ValueError,
         match=r"config\.yaml with the overrides is not the config .*gumbel",
     ):
-        export_hub(run / "copied", tmp_path / "out")
+        export_hub(run / "copied", output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", ["[", "[]", '{"results": {}}'])
 def test_a_report_that_is_none_is_named(content: str, run: Path, tmp_path: Path) -> None:
     (run / "evaluation" / "test" / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r"test/metrics\.json is not what evaluate\.py writes"):
-        export_hub(run, tmp_path / "out")
+        export_hub(run, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_every_command_takes_a_name_on_the_hub(
     run: Path, tmp_path: Path, put: Put, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_hub(run, tmp_path / "exported")
+    export_hub(run, output=tmp_path / "exported")
     put(tmp_path / "exported", "someone/birds-f4")
     original = ImageTokenizer.from_pretrained(find_tokenizer(run)[0])
     tokenizer = ImageTokenizer.from_pretrained("someone/birds-f4")

@@ -18,9 +18,9 @@ from vqgan_accel.cli import main
 from vqgan_accel.config import EMAQuantizerConfig, GumbelQuantizerConfig, load_config
 from vqgan_accel.interop.lightning import import_lightning
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.quantizers import EMAQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer
 
 CASES = [
     f"{quantizer}_{revision}" for quantizer in ("standard", "ema", "gumbel", "entropy") for revision in ("old", "head")

@@ -21,8 +21,8 @@ from torch import Tensor
 from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig, TamingConfig, load_config
 from vqgan_accel.interop.taming import import_llamagen, import_taming
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer
 
 CHECKPOINT, YAML = GOLDEN / "taming_vqmodel.ckpt", GOLDEN / "taming_vqmodel.yaml"
 

@@ -28,7 +28,7 @@ from torchvision import models as tv
 from torchvision.transforms.functional import gaussian_blur, normalize
 
 from vqgan_accel.config import METRIC_RESULTS, EvaluationConfig, Metric, WeightFiles
-from vqgan_accel.data.loading import to_float
+from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.metrics import (
     Metrics,
     MobileNetFrechetFeatures,

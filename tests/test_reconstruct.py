@@ -134,10 +134,19 @@ def test_what_is_wrong_is_named_and_nothing_is_left_behind(tmp_path: Path, token
         (["x", "broken.png"], ValueError, r"broken\.png cannot be read as an image"),
     ):
         with pytest.raises(error, match=sentence):
-            reconstruct(tmp_path / "tokenizer", [tmp_path / name for name in inputs], tmp_path / "out", tile=256)
+            reconstruct(
+                tmp_path / "tokenizer", inputs=[tmp_path / name for name in inputs], output=tmp_path / "out", tile=256
+            )
         assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "empty", "tokenizer", "x", "y"]
     weights = WeightFiles(vgg16=str(tmp_path / "nowhere.pth"))
     with pytest.raises(FileNotFoundError, match=r"^weights\.vgg16: there is no file .*nowhere"):
-        reconstruct(tmp_path / "tokenizer", [tmp_path / "x"], tmp_path / "out", 256, ("psnr", "lpips"), weights)
+        reconstruct(
+            tmp_path / "tokenizer",
+            inputs=[tmp_path / "x"],
+            output=tmp_path / "out",
+            tile=256,
+            metrics=("psnr", "lpips"),
+            weights=weights,
+        )
     with pytest.raises(ValueError, match="tiles of 100 px are too small"):
         reconstruct_image(tokenizer, random_image(200, 200), tile=100)

@@ -71,7 +71,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 def test_the_record_of_a_validation_is_what_evaluate_finds_of_the_same_tokenizer(three: dict[str, Path]) -> None:
     run, record = three["a"], json.loads((three["a"] / "validation.json").read_text())
-    report = evaluate(run, [f"evaluation.metrics=[{','.join(VALIDATION)}]"], run.parent / "evaluated")
+    report = evaluate(run, overrides=[f"evaluation.metrics=[{','.join(VALIDATION)}]"], output=run.parent / "evaluated")
     assert record["protocol"] == report["protocol"] and record["fingerprint"] == report["fingerprint"]
     assert record["step"] == 4 and sum(record["code_counts"]) == SPLITS["validation"] * (SIZE // 4) ** 2
     last = [line for line in metrics(run) if "validation/psnr" in line][-1]

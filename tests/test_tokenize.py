@@ -25,13 +25,13 @@ from runs import held_by_another
 from tiny import write_images
 from torchvision.transforms import TenCrop
 
+from vqgan_accel import load_tokens
 from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig
-from vqgan_accel.data import load_tokens
 from vqgan_accel.data.transforms import evaluation_view
-from vqgan_accel.interop import tokenize as module
+from vqgan_accel.files import lock
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import lock
+from vqgan_accel.tokens import write as module
 
 CLASSES = {"ant": 5, "bee": 4, "cat": 2}  # images
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqgan_accel.config import Config, load_config
-    from vqgan_accel.data.tokens import load_tokens
     from vqgan_accel.evaluation.evaluate import evaluate
     from vqgan_accel.evaluation.reconstruct import reconstruct
-    from vqgan_accel.interop.tokenize import tokenize
     from vqgan_accel.models.tokenizer import ImageTokenizer, load_tokenizer
+    from vqgan_accel.tokens.read import load_tokens
+    from vqgan_accel.tokens.write import tokenize
     from vqgan_accel.training.loop import train
 
 __version__ = "0.1.0"
@@ -43,9 +43,9 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "load_config": "config",
     "load_tokenizer": "models.tokenizer",
-    "load_tokens": "data.tokens",
+    "load_tokens": "tokens.read",
     "reconstruct": "evaluation.reconstruct",
-    "tokenize": "interop.tokenize",
+    "tokenize": "tokens.write",
     "train": "training.loop",
 }
 

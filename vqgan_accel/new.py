@@ -18,12 +18,11 @@ from PIL import Image
 
 from vqgan_accel.commented_yaml import commented_yaml, quoted
 from vqgan_accel.config import Config, DataConfig, literal, parse_config, validated
-from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.division import Group, Part
 from vqgan_accel.data.info import SplitInfo, split_info
-from vqgan_accel.data.loading import Failure, read_image
 from vqgan_accel.data.opening import backend_of, open_indexed, open_whole, require_apart
 from vqgan_accel.data.source import ImageSource, MissingSplitError
+from vqgan_accel.data.views import Failure, read_image
 from vqgan_accel.decisions import (
     HEADROOM,
     Choice,
@@ -41,10 +40,10 @@ from vqgan_accel.decisions import (
     run_seconds,
 )
 from vqgan_accel.describe import latent_summary
+from vqgan_accel.files import write_atomically
 from vqgan_accel.losses.perceptual import backbone_of
 from vqgan_accel.models.weights import cached_weights
 from vqgan_accel.recipes import recipes
-from vqgan_accel.run_folder import write_atomically
 from vqgan_accel.training.measure import Timings, measure_step, measure_views
 from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan, make_plan
@@ -268,10 +267,10 @@ def look(data: DataConfig) -> SplitInfo:
 def cut_off(data: DataConfig, told: Group | None) -> Choices:
     """A validation split, where there is none. ValueError where there are too few images for one."""
     source = open_whole(data, "train")
-    if isinstance(source, BetonSource):
+    names = source.stored_names()
+    if names is None:
         open_indexed(data, "validation")  # says what there is instead
         return {}
-    names = source.stored_names()
     division = division_of(names, alikeness(source, names), told)
     if division is None:
         raise ValueError(

@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from vqgan_accel.run_folder import naming
+from vqgan_accel.files import naming
 
 CONFIGS = Path(__file__).parent / "configs"
 LAUNCH = Path(__file__).parent / "launch"

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from vqgan_accel.config.schema import Config
 from vqgan_accel.config.sentences import sentences
+from vqgan_accel.files import write_atomically
 from vqgan_accel.recipes import recipes
-from vqgan_accel.run_folder import write_atomically
 from vqgan_accel.sections import sections_of, type_of
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vqgan_accel.config import DataConfig
 from vqgan_accel.data.source import DEFAULT_LABEL, Labels, MissingSplitError, decode_image, listed, nearest_name
 
 VERSION = 2
@@ -46,6 +47,11 @@ IN_A_ROW = {  # field type -> what stands in a sample's row
 }
 
 
+def open_split(config: DataConfig, split: str, key: str) -> BetonSource:
+    """See data/sources.py."""
+    return BetonSource(Path(str(config.path)).expanduser(), split, key, config.label_column)
+
+
 class BetonSource:
     """The images of `root/split.beton`, in the file's order, and the whole numbers in `label_field` (default: label) as
     their classes; other fields are left alone.
@@ -58,6 +64,7 @@ class BetonSource:
         self.arguments = (root, split, key, label_field)
         self.label_field = label_field
         self.file = _beton_file(root, split, key)
+        self.title = str(self.file)
         if (size := self.file.stat().st_size) < HEADER.itemsize:
             raise ValueError(f"{self.file} is no beton: it has {size} bytes")
         content = np.memmap(self.file, np.uint8, "r")
@@ -106,6 +113,9 @@ class BetonSource:
 
     def file_name(self, index: int) -> str:
         return f"sample {index}"
+
+    def stored_names(self) -> None:
+        """A beton keeps none."""
 
     def labels(self) -> Labels | None:
         wanted = self.label_field or DEFAULT_LABEL

@@ -49,6 +49,10 @@ class Part:
         self.indices = indices  # (N,) into `whole`
         self.rule = rule
 
+    @property
+    def title(self) -> str:
+        return self.whole.title
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -57,6 +61,10 @@ class Part:
 
     def file_name(self, index: int) -> str:
         return self.whole.file_name(int(self.indices[index]))
+
+    def stored_names(self) -> list[str] | None:
+        names = self.whole.stored_names()
+        return names and [names[index] for index in self.indices]
 
     def labels(self) -> Labels | None:
         labels = self.whole.labels()

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.beton import JPG, BetonSource
-from vqgan_accel.data.loading import Batch, Failure, TrainingViews
 from vqgan_accel.data.order import Key, TrainingOrder
 from vqgan_accel.data.transforms import draw_view
+from vqgan_accel.data.views import Batch, Failure, TrainingViews
 
 
 @contextmanager

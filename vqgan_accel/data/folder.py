@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vqgan_accel.config import DataConfig
 from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, listed, nearest_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def open_split(config: DataConfig, split: str, key: str) -> FolderSource:
+    """See data/sources.py."""
+    return FolderSource(Path(str(config.path)).expanduser(), split, key, config.label_column)
 
 
 class FolderSource:
@@ -25,6 +31,7 @@ class FolderSource:
     def __init__(self, root: Path, split: str, key: str = "data.train_split", label_column: str | None = None) -> None:
         self.label_column = label_column
         self.folder = _split_folder(root, split, key)
+        self.title = str(self.folder)
         self.files = image_files(self.folder)
         if not self.files:
             raise ValueError(
@@ -41,7 +48,7 @@ class FolderSource:
         return self.files[index]
 
     def stored_names(self) -> list[str]:
-        """(N,) What data.validation_fraction goes by."""
+        """(N,) As file_name has them."""
         return self.files
 
     def labels(self) -> Labels | None:

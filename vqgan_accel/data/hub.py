@@ -42,6 +42,11 @@ from vqgan_accel.distributed import process_index
 SAVED_SHARDS = 64  # in which what save_to_disk wrote is streamed
 
 
+def open_split(config: DataConfig, split: str, key: str) -> HubSource:
+    """See data/sources.py."""
+    return HubSource(config, split, key)
+
+
 class HubSource:
     """The image column of one split of `config.path`.
 
@@ -73,8 +78,8 @@ class HubSource:
         return f"row {index}"
 
     def stored_names(self) -> list[str]:
-        """(N,) What data.validation_fraction goes by: the path that is stored with each image, or 'row i'. What this
-        machine's folders are called is left out of it."""
+        """(N,) The path that is stored with each image, or 'row i'. What this machine's folders are called is left out
+        of it."""
         roots = (
             os.path.abspath(self.folder),
             datasets.config.HF_DATASETS_CACHE,

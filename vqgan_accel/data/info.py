@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.content import content_hash, content_sum
-from vqgan_accel.data.loading import Failure, TrainingViews, reason_of, training_loader
-from vqgan_accel.data.opening import open_indexed, require_apart, require_reader
+from vqgan_accel.data.opening import open_indexed, require_apart, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
+from vqgan_accel.data.sources import SOURCES
 from vqgan_accel.data.transforms import evaluation_view, to_rgb
+from vqgan_accel.data.views import Failure, TrainingViews, reason_of
 from vqgan_accel.interruption import worker_options
 
 SHEET_COLUMNS, SHEET_ROWS, THUMBNAIL, GAP = 10, 6, 96, 2  # images, pixels
@@ -84,9 +85,7 @@ def data_info(config: DataConfig, output: Path, with_hash: bool = False) -> list
             rest += [f"hash {content_hash(content_sum(source, config.workers))}"]
         lines += [f"{split:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
     lines.append(f"training views of {config.image_size} px on one process")
-    for backend in get_args(DataConfig.model_fields["backend"].annotation):
-        if backend == "auto":
-            continue
+    for backend in SOURCES:
         lines.append(f"  {backend:<10}{decode_rate(config.model_copy(update={'backend': backend}))}")
     return lines
 

@@ -32,11 +32,11 @@ from vqgan_accel.data.beton import (
     beton_origin,
     row_type,
 )
-from vqgan_accel.data.loading import REMEDY, Failure, read_image
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of
 from vqgan_accel.data.source import DEFAULT_LABEL, ImageSource, Labels, SplitName
+from vqgan_accel.data.views import REMEDY, Failure, read_image
+from vqgan_accel.files import lock, naming, sync
 from vqgan_accel.interruption import worker_options
-from vqgan_accel.run_folder import lock, naming, sync
 
 WriteMode = Literal["jpg", "raw", "smart"]
 SMART_BYTES = 192 * 192 * 3  # smart: JPEG for images whose pixels take more than that, pixels for the others

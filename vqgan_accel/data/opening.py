@@ -1,19 +1,29 @@
-"""The one door to the images: from the config to a source."""
+"""The one door to the images: from the config to a source, and from a source to batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
+
+from PIL import Image
+from torch import Tensor
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.beton import BetonSource
 from vqgan_accel.data.division import divided
-from vqgan_accel.data.folder import FolderSource, require_outside
+from vqgan_accel.data.folder import require_outside
+from vqgan_accel.data.loading import ImageLoader
+from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
+from vqgan_accel.data.sources import SOURCES
+from vqgan_accel.data.transforms import views_of
+from vqgan_accel.data.views import FixedViews, TrainingViews
 from vqgan_accel.extras import is_installed
 
 if TYPE_CHECKING:
-    from vqgan_accel.data.hub import HubSource
+    from vqgan_accel.data.ffcv import FfcvLoader
+    from vqgan_accel.data.lanes import StreamOrder
     from vqgan_accel.data.stream import StreamSource
 
 GET_FFCV = (
@@ -44,33 +54,27 @@ def open_indexed(config: DataConfig, split_name: SplitName) -> ImageSource:
     if fraction is None or split_name == "test":
         return open_whole(config, split_name)
     whole = open_whole(config, "train")
-    if isinstance(whole, BetonSource):
+    names = whole.stored_names()
+    if names is None:
         raise ValueError(
-            f"data.validation_fraction {fraction:g} goes by the images' names, which {whole.file} does not keep; give "
+            f"data.validation_fraction {fraction:g} goes by the images' names, which {whole.title} does not keep; give "
             "it to make-beton, which then writes train.beton and validation.beton, and not here"
         )
-    return divided(whole, whole.stored_names(), fraction, config.validation_group, split_name)
+    return divided(whole, names, fraction, config.validation_group, split_name)
 
 
-def open_whole(config: DataConfig, split_name: SplitName) -> FolderSource | HubSource | BetonSource:
+def open_whole(config: DataConfig, split_name: SplitName) -> ImageSource:
     """A split as the data set has it, without data.validation_fraction."""
     if config.path is None:
         raise ValueError("data.path is not set; give data.path=FOLDER")
-    path, split, key = Path(config.path).expanduser(), split_of(config, split_name), f"data.{split_name}_split"
-    match backend_of(config):
-        case "folder":
-            return FolderSource(path, split, key, config.label_column)
-        case "hub":
-            from vqgan_accel.data.hub import HubSource
-
-            return HubSource(config, split, key)
-        case "ffcv" | "beton":
-            return BetonSource(path, split, key, config.label_column)
+    module = import_module(SOURCES[backend_of(config)])  # now: `datasets` alone takes seconds
+    source: ImageSource = module.open_split(config, split_of(config, split_name), f"data.{split_name}_split")
+    return source
 
 
-def backend_of(config: DataConfig) -> Literal["folder", "hub", "ffcv", "beton"]:
-    """data.backend; for `auto` what fits data.path: betons, what `datasets` stores, a folder of files, else a name on
-    the hub. Betons are FFCV's where it is installed."""
+def backend_of(config: DataConfig) -> str:
+    """data.backend, a key of SOURCES; for `auto` what fits data.path: betons, what `datasets` stores, a folder of
+    files, else a name on the hub. Betons are FFCV's where it is installed."""
     if config.backend != "auto":
         return config.backend
     path = Path(str(config.path)).expanduser()
@@ -103,3 +107,84 @@ def split_of(config: DataConfig, split_name: SplitName) -> str:
     """What the data set itself calls it; what data.validation_fraction cuts off is called validation."""
     validation = config.validation_split if config.validation_fraction is None else "validation"
     return {"train": config.train_split, "validation": validation, "test": config.test_split}[split_name]
+
+
+def training_order(
+    source: ImageSource | StreamSource,
+    config: DataConfig,
+    stream_states: dict[str, dict[str, Any]] | None = None,
+    **position: int,
+) -> TrainingOrder | StreamOrder:
+    """Which images this process sees, and when. `position`: what TrainingOrder takes beside the number of images.
+    `stream_states`: where a stream stood at start_step, of all processes.
+
+    ValueError where there are too few images, or too few shards of a stream.
+    """
+    if isinstance(source, ImageSource):
+        return TrainingOrder(num_images=len(source), **position)
+    from vqgan_accel.data.lanes import StreamOrder
+
+    return StreamOrder(source, shuffle_buffer=config.shuffle_buffer, states=stream_states, **position)
+
+
+def training_loader(
+    source: ImageSource | StreamSource, config: DataConfig, order: TrainingOrder | StreamOrder, pin_memory: bool
+) -> ImageLoader | FfcvLoader:
+    """Micro-batches in `order`, each image cropped and flipped by its key (order.seed, epoch, index).
+
+    With data.on_error=skip a broken image's place is taken by the next readable one, under that one's own key; in a
+    stream by the next readable one of the micro-batch.
+    Iterating raises ValueError, one sentence, at a broken image otherwise, and where no image at all is readable.
+    `require_reader` has been asked before.
+    """
+    if not isinstance(source, ImageSource):
+        from vqgan_accel.data.stream import StreamTrainingViews
+
+        rows = StreamTrainingViews(source, config, order.seed)
+        return ImageLoader(rows, config, pin_memory, batch_sampler=order)
+    assert isinstance(order, TrainingOrder) and order.num_images == len(source)
+    views = TrainingViews(source, config, order.seed)
+    if backend_of(config) == "ffcv":
+        from vqgan_accel.data.ffcv import FfcvLoader
+
+        return FfcvLoader(views, order, pin_memory)
+    return ImageLoader(views, config, pin_memory, batch_sampler=order)
+
+
+def evaluation_loader(
+    source: ImageSource | StreamSource,
+    config: DataConfig,
+    batch_size: int,
+    process_index: int,
+    num_processes: int,
+    pin_memory: bool,
+) -> ImageLoader:
+    """The images (of a stream the shards) process_index, process_index + num_processes, ...: over all processes each
+    image exactly once.
+
+    Nothing is padded: the last batch may be small, and processes may have different numbers of batches. With
+    data.on_error=skip broken images are left out, so that a batch may even be (0, 3, S, S). Errors as in training.
+    """
+    if not isinstance(source, ImageSource):
+        from vqgan_accel.data.stream import StreamEvaluationViews, StreamShare
+
+        rows = StreamEvaluationViews(source, config)
+        share = StreamShare(source, batch_size, process_index, num_processes)
+        return ImageLoader(rows, config, pin_memory, batch_sampler=share)
+    shard = range(process_index, len(source), num_processes)
+    views = FixedViews(source, config, views_of)
+    return ImageLoader(views, config, pin_memory, sampler=shard, batch_size=batch_size)
+
+
+def views_loader(
+    source: ImageSource,
+    config: DataConfig,
+    batches: Sequence[list[int]],
+    views: Callable[[Image.Image, int], list[Tensor]],
+    pin_memory: bool,
+) -> ImageLoader:
+    """For every list of indices a batch with all `views` of these images, those of one image in a row.
+
+    Errors and broken images as in evaluation_loader.
+    """
+    return ImageLoader(FixedViews(source, config, views), config, pin_memory, batch_sampler=batches)

@@ -41,6 +41,12 @@ class MissingSplitError(FileNotFoundError, ValueError):
 
 @runtime_checkable
 class ImageSource(Protocol):
+    """The images of one split. An index means the same image for ever and on every machine."""
+
+    @property
+    def title(self) -> str:
+        """What an error sentence calls them all: a folder, a file, or 'DATASET[split]'."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -48,6 +54,9 @@ class ImageSource(Protocol):
 
     def file_name(self, index: int) -> str:
         """What tells the image from others of its split: a relative path, or 'row i'."""
+
+    def stored_names(self) -> list[str] | None:
+        """(N,) What data.validation_fraction goes by; None where the data set keeps no names."""
 
     def labels(self) -> Labels | None:
         """None where the data set has no classes. ValueError where data.label_column names something else."""

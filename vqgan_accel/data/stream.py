@@ -1,16 +1,11 @@
 """Images of a Hugging Face data set that is read in order and never held as a whole (data.streaming).
 
-A stream's files (shards) are dealt out to lanes, and a process reads the lanes that its samples come from. What a lane
-gives depends on neither the number of processes nor that of workers: its files in an order by (seed, lane, pass), their
-rows in blocks that are shuffled by (seed, lane, pass, block). Sample m of an accumulation round comes from lane
-m mod L, so that P processes train what one trains wherever P divides the number of lanes L. A checkpoint keeps where
-the current block of each lane begins, as `datasets` tells it; a resumed run reads that block again, not all before it.
+Training reads it by lanes.py; an evaluation reads each of its files (shards) once.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
@@ -23,12 +18,9 @@ from torch.utils.data import Dataset
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.hub import image_rows, load_rows, open_cell
-from vqgan_accel.data.loading import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 from vqgan_accel.data.transforms import evaluation_view
-from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
+from vqgan_accel.data.views import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 
-MAX_LANES = 64  # each is a file that is open at the same time
-BEGINNING: dict[str, Any] = {"epoch": 0, "block": 0, "place": 0, "row": 0, "shard": None}  # of a lane
 MAX_ROWS = 2**32  # in a shard
 
 
@@ -74,158 +66,6 @@ class StreamSource:
                 yield row[self.column]
         except Exception as error:  # of pyarrow, tarfile, fsspec or a network
             raise ValueError(f"{self.title} shard {number} cannot be read: {reason_of(error)}; repair it") from error
-
-
-class Block(NamedTuple):
-    """A shuffle buffer's worth of rows, and where it begins."""
-
-    first: int  # how many rows the lane had given before it
-    state: dict[str, Any]  # to make it again
-    rows: list[Row]
-
-
-class Lane:
-    """Every num_lanes-th shard, over and over: an endless sequence of rows.
-
-    `state` is one of another lane's `state_at`; the lane then begins with the same row as that one at that count.
-    """
-
-    def __init__(
-        self,
-        source: StreamSource,
-        seed: int,
-        number: int,
-        num_lanes: int,
-        block_size: int,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self.source = source
-        self.seed = seed
-        self.number = number
-        self.shards = range(number, source.num_shards, num_lanes)
-        self.block_size = block_size
-        self.begin = state or BEGINNING | {"size": block_size, "first": 0, "skip": 0}
-        self.start = self.begin["first"] + self.begin["skip"]  # rows given before
-        self.blocks: deque[dict[str, Any]] = deque()  # where those begin that a checkpoint may still ask for
-
-    def __iter__(self) -> Iterator[Row]:
-        skip = self.begin["skip"]
-        for block in self._read():
-            self.blocks.append(block.state | {"first": block.first})
-            rng = generator(STREAM_BLOCK, self.seed, self.number, block.state["epoch"], block.state["block"])
-            order = rng.permutation(len(block.rows))
-            yield from (block.rows[place] for place in order[skip:])
-            skip = 0
-
-    def state_at(self, count: int) -> dict[str, Any]:
-        """Where the lane stood when it had given `count` rows in all; earlier counts are forgotten."""
-        while len(self.blocks) > 1 and self.blocks[1]["first"] <= count:
-            self.blocks.popleft()
-        block = self.blocks[0] if self.blocks else self.begin
-        return block | {"skip": count - block["first"]}
-
-    def _read(self) -> Iterator[Block]:
-        """All passes, from self.begin on."""
-        position, first = self.begin, self.begin["first"]
-        while True:
-            start = first
-            for state, rows in self._read_pass(position):
-                yield Block(first, state, rows)
-                first += len(rows)
-            if first == start and position["place"] == position["row"] == 0:
-                names = ", ".join(str(shard) for shard in self.shards[:10])
-                raise ValueError(f"{self.source.title} has no rows in the shards {names}; remove empty files")
-            position = BEGINNING | {"epoch": position["epoch"] + 1, "size": self.block_size}
-
-    def _read_pass(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-        """The blocks of one pass from `position` on, each with the position at which it begins."""
-        epoch, block = position["epoch"], position["block"]
-        size = position["size"]  # of the block in which a run was stopped, whatever data.shuffle_buffer is now
-        order = generator(STREAM_ORDER, self.seed, self.number, epoch).permutation(len(self.shards))
-        rows: list[Row] = []
-        for place in range(position["place"], len(order)):
-            shard = self.shards[order[place]]
-            stream, row, state = self.source.shard(shard), 0, None
-            if place == position["place"] and position["shard"] is not None:
-                row, state = position["row"], position["shard"]
-                stream.load_state_dict(state)
-            cells = self.source.cells(shard, stream)
-            while True:
-                if not rows:
-                    begin = {"epoch": epoch, "block": block, "size": size, "place": place, "row": row, "shard": state}
-                for cell in islice(cells, size - len(rows)):
-                    rows.append(Row(epoch, shard * MAX_ROWS + row, cell))
-                    row += 1
-                if len(rows) < size:
-                    break  # the shard is at its end
-                yield begin, rows
-                rows, size, block, state = [], self.block_size, block + 1, stream.state_dict()
-        if rows:
-            yield begin, rows
-
-
-class StreamOrder:
-    """A batch sampler: one process's micro-batches of the steps start_step .. total_steps - 1, with their rows.
-
-    ValueError where there are too few shards for the processes, or where `states` are of another number of lanes.
-    """
-
-    def __init__(
-        self,
-        source: StreamSource,
-        seed: int,
-        total_batch_size: int,
-        num_rounds: int,
-        process_index: int,
-        num_processes: int,
-        start_step: int,
-        total_steps: int,
-        shuffle_buffer: int,
-        states: dict[str, dict[str, Any]] | None = None,
-    ) -> None:
-        self.round_size = total_batch_size // num_rounds
-        self.num_lanes = lanes_of(source.num_shards, self.round_size)
-        if self.num_lanes % num_processes:
-            raise ValueError(
-                f"{source.title} has {source.num_shards} shards, which are read in {self.num_lanes} lanes (the largest "
-                f"divisor of the {self.round_size} images of a round up to {MAX_LANES}), and {num_processes} processes "
-                "do not divide that; write the data in more files, or set data.streaming=false"
-            )
-        if states and states.keys() != {str(lane) for lane in range(self.num_lanes)}:
-            raise ValueError(
-                f"the checkpoint's stream has {len(states)} lanes and this run's {self.num_lanes}; resume with the "
-                "same data, training.total_batch_size and training.gradient_accumulation_steps"
-            )
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.num_rounds = num_rounds
-        self.start_step = start_step
-        self.total_steps = total_steps
-        self.seed = seed
-        block = max(1, shuffle_buffer // self.num_lanes)
-        self.lanes = {
-            number: Lane(source, seed, number, self.num_lanes, block, (states or {}).get(str(number)))
-            for number in range(process_index, self.num_lanes, num_processes)
-        }
-        self.rounds_ahead = max(1, shuffle_buffer // self.round_size)
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * self.num_rounds
-
-    def __iter__(self) -> Generator[list[Row], None, None]:
-        with closing(ahead(self._rounds(), self.rounds_ahead)) as rounds:
-            yield from rounds
-
-    def _rounds(self) -> Iterator[list[Row]]:
-        rows = {number: iter(lane) for number, lane in self.lanes.items()}
-        mine = range(self.process_index, self.round_size, self.num_processes)
-        for _ in range(len(self)):
-            yield [next(rows[sample % self.num_lanes]) for sample in mine]
-
-    def states_at(self, step: int) -> dict[str, dict[str, Any]]:
-        """Lane -> where it stands after `step` optimizer steps; of this process's lanes."""
-        given = (step - self.start_step) * self.num_rounds * self.round_size // self.num_lanes  # by each lane, since
-        return {str(number): lane.state_at(lane.start + given) for number, lane in self.lanes.items()}
 
 
 class StreamShare:
@@ -288,8 +128,3 @@ class StreamEvaluationViews(_StreamViews):
     def items(self, rows: list[Row], readable: list[tuple[Row, Image.Image]]) -> list[Item] | list[Failure]:
         found = {row.number: evaluation_view(image, self.config.image_size) for row, image in readable}
         return [Item(row.number, found.get(row.number), skipped=int(row.number not in found)) for row in rows]
-
-
-def lanes_of(num_shards: int, round_size: int) -> int:
-    """The largest divisor of `round_size` that is no more than the shards."""
-    return max(lanes for lanes in range(1, min(num_shards, MAX_LANES) + 1) if round_size % lanes == 0)

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.data.loading import evaluation_loader, to_float
-from vqgan_accel.data.opening import open_source, require_apart
-from vqgan_accel.evaluation.evaluate import evaluation_config
+from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
+from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.files import require_absent, written_as_a_whole
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.quantizers import Quantizer, count_codes
-from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite
-from vqgan_accel.run_folder import find_tokenizer, require_absent, written_as_a_whole
 
 TABLE = "codebook.csv"
 
 
 @torch.no_grad()
-def codebook(path: Path, output: Path, overrides: list[str]) -> list[str]:
+def codebook(
+    model: str | Path, *, data: str | Path | None = None, output: str | Path, overrides: Sequence[str] = ()
+) -> list[str]:
     """Write output/usage.png (each code's share of the tokens), neighbours.png (how far codes lie from one another),
     pca.png (where they lie, and how often each is used) and codebook.csv (code, uses, nearest other code, its
     distance). Returns lines that say what they show.
 
-    path: a run, a checkpoint, a saved tokenizer or a name on the hub; uses are counted on `evaluation.split` of
-    `data.path`. Errors are those of evaluate.
+    model, data, overrides, errors: as evaluate's; uses are counted on `evaluation.split` of `data.path`.
     """
+    output = Path(output)
     require_absent(output)  # before all images are encoded
-    folder, config_file = find_tokenizer(path)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides)
+    opened = open_tokenizer(model)
+    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     source = open_source(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
     device = start_accelerator("no").device
-    require_finite(tokenizer, str(folder))
+    require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
     for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):

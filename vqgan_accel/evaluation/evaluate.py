@@ -18,17 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, load_config, parse_config
-from vqgan_accel.data.loading import Batch, evaluation_loader, to_float
-from vqgan_accel.data.opening import count_images, open_source, require_apart
+from vqgan_accel.config import Config
+from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
-from vqgan_accel.models.build import layout_differences
+from vqgan_accel.files import write_json
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS, find_tokenizer, write_json
+from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
 
 
 class Evaluation(NamedTuple):
@@ -51,7 +52,7 @@ def evaluate_tokenizer(
     grid_images: int,
     hash_pixels: bool = False,
 ) -> Evaluation:
-    """`batches`: this process's share, see data.loading.evaluation_loader. Every rank calls it; all get the same
+    """`batches`: this process's share, see data.opening.evaluation_loader. Every rank calls it; all get the same
     results.
 
     The shares need not be equal: sums are kept per process and reduced once, so nothing is padded or counted twice.
@@ -93,32 +94,36 @@ def pixel_hash(image: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:5], "little")
 
 
-def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> dict[str, Any]:
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measure a tokenizer on every image of `evaluation.split` of `data.path`; on many processes every one calls it.
 
-    model: what `load_tokenizer` takes. overrides: `section.key=value`, of the run's config or, where there is none, of
-    the defaults. Writes metrics.json, reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT
-    beside the run's config, or in the tokenizer's folder), prints a table, and returns what metrics.json holds:
-    `results`, metric -> value (psnr in dB, codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides
-    them besides the tokenizer, and its `fingerprint`: numbers compare if and only if theirs are equal. ValueError or
-    FileNotFoundError where the tokenizer, the images or a feature network's weights cannot be had.
+    model: what `load_tokenizer` takes; data: images in place of the run's own, whatever data.path may be; overrides:
+    `section.key=value`, of the run's config or, where there is none, of the defaults. Writes metrics.json,
+    reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the run's config, or in the
+    tokenizer's folder), prints a table, and returns what metrics.json holds: `results`, metric -> value (psnr in dB,
+    codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides them besides the tokenizer, and its
+    `fingerprint`: numbers compare if and only if theirs are equal. ValueError or FileNotFoundError where the tokenizer,
+    the images or a feature network's weights cannot be had.
 
-    >>> report = evaluate("runs/first", ["evaluation.metrics=[psnr, codebook]"])
+    >>> report = evaluate("runs/first", overrides=["evaluation.metrics=[psnr, codebook]"])
     runs/first/checkpoints/... on 3 images
     ...
     >>> sorted(report["results"])
     ['codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
     """
     model = Path(model)
-    folder, config_file = find_tokenizer(model)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides)
+    opened = open_tokenizer(model)
+    tokenizer, folder, config = opened.tokenizer, opened.folder, opened.config(overrides, data)
     accelerator = start_accelerator("no")
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
-    home = (config_file.parent if config_file else folder) / EVALUATION
-    if not model.is_dir():  # a name on the hub: not among its cached files
-        home = Path(EVALUATION, model)
+    home = opened.home / EVALUATION if model.is_dir() else Path(EVALUATION, model)  # of the hub's: not in its cache
     output = Path(output or home / settings.split)
     require_apart(output, config.data, "--output")
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
@@ -159,31 +164,6 @@ def evaluate(model: str | Path, overrides: Sequence[str] = (), output: str | Pat
         print(table(report, output), flush=True)
     accelerator.wait_for_everyone()
     return report
-
-
-def evaluation_config(tokenizer: ImageTokenizer, config_file: Path | None, overrides: Sequence[str]) -> Config:
-    """The run's config, or the defaults for a tokenizer without one, with the overrides applied."""
-    if config_file is not None:
-        config = load_config(config_file, overrides)
-        if keys := layout_differences(config, tokenizer):
-            raise ValueError(
-                f"{config_file} with the overrides is not the config of the tokenizer that lies there, which has "
-                f"another {', '.join(keys)}"
-            )
-    else:
-        own = tokenizer.settings.model_dump(mode="json")
-        values = {
-            "data": {"image_size": own["image_size"]},
-            "training": {"max_steps": 1},
-            "autoencoder": own["autoencoder_config"],
-            "quantizer": own["quantizer_config"],
-        }
-        config = parse_config(values, overrides)
-    if config.data.image_size % tokenizer.stride:
-        raise ValueError(
-            f"data.image_size {config.data.image_size} is not a multiple of the tokenizer's stride {tokenizer.stride}"
-        )
-    return config
 
 
 def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:

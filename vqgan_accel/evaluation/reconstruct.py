@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from vqgan_accel.compat import accelerator_device
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.data.folder import EXTENSIONS, image_files, require_outside
-from vqgan_accel.data.loading import reason_of, to_float
 from vqgan_accel.data.source import decode_image
 from vqgan_accel.data.transforms import to_rgb
+from vqgan_accel.data.views import reason_of, to_float
 from vqgan_accel.evaluation.figures import to_uint8
 from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.files import written_as_a_whole
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
 
 TABLE = "reconstructions.csv"
 OVERLAP = 64  # pixels that neighbouring tiles share, faded from one to the other
@@ -42,6 +43,7 @@ class Reconstruction(NamedTuple):
 
 def reconstruct(
     model: str | Path,
+    *,
     inputs: Sequence[str | Path],
     output: str | Path,
     tile: int = 1024,
@@ -56,7 +58,7 @@ def reconstruct(
     height (pixels), codes, bits_per_pixel and the metrics (psnr in dB), of which one that the image is too small for is
     None. FileNotFoundError or ValueError names what is wrong; the folder appears when it is complete.
 
-    >>> rows = reconstruct("runs/first", ["photographs/validation"], "reconstructions")
+    >>> rows = reconstruct("runs/first", inputs=["photographs/validation"], output="reconstructions")
     >>> rows[0]["width"], rows[0]["codes"], rows[0]["bits_per_pixel"]
     (20, 25, 0.25)
     """
@@ -64,9 +66,10 @@ def reconstruct(
     for path in paths:
         require_outside(output, path, "--output")
     files = named_images(paths)
-    folder, _ = find_tokenizer(Path(model))
+    opened = open_tokenizer(model)
     device = accelerator_device() or torch.device("cpu")
-    tokenizer = ImageTokenizer.from_pretrained(folder).to(device)
+    tokenizer = opened.tokenizer
+    tokenizer.to(device)  # type: ignore[arg-type]  # diffusers wraps the method, and mypy loses self
     bits = math.log2(tokenizer.quantizer.num_codes)
     measures = {  # before anything is made, for they may lack their networks' weights
         able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)

@@ -8,10 +8,11 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor
 
 from vqgan_accel.config import TamingConfig
+from vqgan_accel.files import written_as_a_whole
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.quantizers import CodebookQuantizer
 from vqgan_accel.models.taming import network_options
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import find_tokenizer, written_as_a_whole
 
 CODEBOOK = "quantize.embedding.weight"  # VQModel's name of it
 # VQModel's name of a layer or a network -> ours; the longer ones first
@@ -24,18 +25,17 @@ NAMES = {
 }
 
 
-def export_diffusers(path: Path, output: Path) -> list[str]:
+def export_diffusers(model: str | Path, *, output: str | Path) -> list[str]:
     """Write a folder that `diffusers.VQModel.from_pretrained(output)` reads; the model gives our reconstructions.
 
-    path: a run, a checkpoint, a saved tokenizer or a name on the hub. Returns a line that says what was done.
+    model: a run, a checkpoint, a saved tokenizer or a name on the hub. Returns a line that says what was done.
     ValueError where VQModel cannot be what the tokenizer is.
     """
-    folder, _ = find_tokenizer(path)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    model = as_vq_model(tokenizer, str(path))
-    with written_as_a_whole(output) as partial:
-        model.save_pretrained(partial)
-    return [f"{output}: {folder} as diffusers' VQModel, {tokenizer.quantizer.num_codes} codes"]
+    opened = open_tokenizer(model)
+    vq_model = as_vq_model(opened.tokenizer, str(model))
+    with written_as_a_whole(Path(output)) as partial:
+        vq_model.save_pretrained(partial)
+    return [f"{output}: {opened.folder} as diffusers' VQModel, {opened.tokenizer.quantizer.num_codes} codes"]
 
 
 def as_vq_model(tokenizer: ImageTokenizer, source: str) -> VQModel:

@@ -11,34 +11,27 @@ from huggingface_hub.errors import HFValidationError
 
 from vqgan_accel.config import Config, WeightFiles, parse_config, save_config
 from vqgan_accel.describe import describe, description_lines
-from vqgan_accel.evaluation.evaluate import UNITS, evaluation_config
-from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.evaluation.evaluate import UNITS
+from vqgan_accel.files import require_absent, write_json, written_as_a_whole
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import (
-    CONFIG,
-    EVALUATION,
-    EVALUATION_RESULTS,
-    find_tokenizer,
-    require_absent,
-    write_json,
-    written_as_a_whole,
-)
+from vqgan_accel.run_folder import CONFIG, EVALUATION, EVALUATION_RESULTS
 
 SHOWN = ("results", "tokenizer_sha256", "skipped_images", "protocol", "fingerprint")  # of evaluate.py's report
 
 
-def export_hub(path: Path, output: Path, repo: str | None = None) -> list[str]:
+def export_hub(model: str | Path, *, output: str | Path, repo: str | None = None) -> list[str]:
     """Write output/ with the tokenizer of a run, a checkpoint or a saved tokenizer (`ImageTokenizer.from_pretrained`
     reads it), config.yaml, evaluation_SPLIT.json of what was measured with just these weights, and README.md, the model
     card. Returns lines that say what is in it. repo: the name USER/NAME that it will have, for the card.
 
     Paths of this machine stay out of it. FileNotFoundError or ValueError where there is no tokenizer.
     """
+    output = Path(output)
     require_absent(output)
-    folder, config_file = find_tokenizer(path)
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = public(evaluation_config(tokenizer, config_file, []))
-    reports = measurements((config_file.parent if config_file else folder) / EVALUATION, state_hash(tokenizer))
+    opened = open_tokenizer(model)
+    tokenizer, folder, config = opened.tokenizer, opened.folder, public(opened.config())
+    reports = measurements(opened.home / EVALUATION, state_hash(tokenizer))
     name = repo or f"USER/{output.name}"
     tokenizer.register_to_config(_name_or_path=name)  # diffusers would leave the path it was read from
     with written_as_a_whole(output) as partial:
@@ -49,7 +42,10 @@ def export_hub(path: Path, output: Path, repo: str | None = None) -> list[str]:
         recipe = (partial / CONFIG).read_text(encoding="utf-8")
         model_card(name, config, recipe, reports).save(partial / "README.md")
     measured = [f"measured on {split}: protocol {report['fingerprint']}" for split, report in reports.items()]
-    return [f"{output}: {folder}, with its recipe and a model card", *(measured or ["not measured: see evaluate.py"])]
+    return [
+        f"{output}: {folder}, with its recipe and a model card",
+        *(measured or ["not measured: see evaluate.py"]),
+    ]
 
 
 def push_to_hub(folder: Path, repo: str, private: bool) -> str:

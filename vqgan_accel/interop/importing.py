@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqgan_accel.config import Config, save_config
+from vqgan_accel.files import written_as_a_whole
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import read_safely
-from vqgan_accel.run_folder import CONFIG, DISCRIMINATOR, TOKENIZER, written_as_a_whole
+from vqgan_accel.run_folder import CONFIG, DISCRIMINATOR, TOKENIZER
 
 REQUIRED = object()
 WRAPPERS = ("module.", "_orig_mod.")

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vqgan_accel.config import AutoencoderField, QuantizerField, sentences
+from vqgan_accel.models.finding import find_tokenizer
 from vqgan_accel.models.quantizers import QuantizerOutput
 from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
-from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN, find_tokenizer
+from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
 from vqgan_accel.sections import Section
 
 if TYPE_CHECKING:

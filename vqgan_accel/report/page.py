@@ -13,10 +13,11 @@ from PIL import Image
 
 from vqgan_accel import __version__
 from vqgan_accel.evaluation.figures import grid_tiles
+from vqgan_accel.files import naming, write_atomically
 from vqgan_accel.report.charts import COLOURS, sections
 from vqgan_accel.report.compare import config_tables, fact_table, is_best, score_tables, shown, state
 from vqgan_accel.report.run import Run, read_runs
-from vqgan_accel.run_folder import REPORT, naming, write_atomically
+from vqgan_accel.run_folder import REPORT
 from vqgan_accel.training.pace import duration
 
 SHOWN_STEPS = 5  # validations of which reconstructions are shown

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vqgan_accel.config import Config, load_config
-from vqgan_accel.run_folder import (
-    CLOCK,
-    CONFIG,
-    EVALUATION,
-    EVALUATION_RESULTS,
-    METRICS,
-    STARTS,
-    VALIDATION,
-    pictures,
-    read_lines,
-)
+from vqgan_accel.files import read_lines
+from vqgan_accel.run_folder import CLOCK, CONFIG, EVALUATION, EVALUATION_RESULTS, METRICS, STARTS, VALIDATION, pictures
 
 Points = list[tuple[int, float]]  # (step, value), in the order of the steps
 

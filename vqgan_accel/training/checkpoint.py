@@ -28,7 +28,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, sync, write_json
+from vqgan_accel.files import sync, write_json
+from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name
 from vqgan_accel.training.state import Stateful
 
 PROGRESS = "progress.json"

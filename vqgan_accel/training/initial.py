@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from vqgan_accel.config import Config
 from vqgan_accel.models.build import layout_differences
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import fit_state, load_state
-from vqgan_accel.run_folder import DISCRIMINATOR, find_tokenizer
+from vqgan_accel.run_folder import DISCRIMINATOR
 
 SETTING = "training.init_from"
 
@@ -23,16 +22,15 @@ def begin_with(folder: str, config: Config, tokenizer: ImageTokenizer, discrimin
     ValueError where there is no tokenizer, or one of another shape.
     """
     try:
-        found, _ = find_tokenizer(Path(folder))
+        opened = open_tokenizer(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{SETTING}: {error}") from None
-    saved = ImageTokenizer.from_pretrained(found)
-    if keys := layout_differences(config, saved):
-        raise ValueError(f"{SETTING}: {found} has another {', '.join(keys)}; give this run the same")
-    tokenizer.load_state_dict(saved.state_dict())
-    lines = [f"beginning with the tokenizer of {found}"]
+    if keys := layout_differences(config, opened.tokenizer):
+        raise ValueError(f"{SETTING}: {opened.folder} has another {', '.join(keys)}; give this run the same")
+    tokenizer.load_state_dict(opened.tokenizer.state_dict())
+    lines = [f"beginning with the tokenizer of {opened.folder}"]
     if discriminator is not None:
-        file = found.parent / DISCRIMINATOR
+        file = opened.folder.parent / DISCRIMINATOR
         if file.is_file():
             fit_state(discriminator, load_state(file, SETTING), SETTING, str(file))
         lines.append(f"beginning with the discriminator of {file}" if file.is_file() else "with a fresh discriminator")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vqgan_accel.config import Config, is_better
-from vqgan_accel.data.loading import to_float
 from vqgan_accel.data.order import global_index
+from vqgan_accel.data.views import to_float
 from vqgan_accel.distributed import decided_by_main, num_processes, sum_over_processes
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed

@@ -12,8 +12,8 @@ import torch
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, DataConfig
-from vqgan_accel.data.loading import TrainingViews
 from vqgan_accel.data.source import ImageSource
+from vqgan_accel.data.views import TrainingViews
 from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.training.networks import Built, prepare_networks

@@ -16,14 +16,24 @@ from accelerate import Accelerator
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
 from vqgan_accel.data.content import require_content
-from vqgan_accel.data.loading import Batch, evaluation_loader, training_loader, training_order
-from vqgan_accel.data.opening import backend_of, count_images, open_source, require_apart, require_reader
+from vqgan_accel.data.opening import (
+    backend_of,
+    count_images,
+    evaluation_loader,
+    open_source,
+    require_apart,
+    require_reader,
+    training_loader,
+    training_order,
+)
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource
+from vqgan_accel.data.views import Batch
 from vqgan_accel.describe import describe, step_gflop
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
-from vqgan_accel.run_folder import checkpoints, checkpoints_folder, lock, step_name, step_of
+from vqgan_accel.files import lock
+from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
 from vqgan_accel.training.banner import show_banner
 from vqgan_accel.training.checkpoint import latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
@@ -36,7 +46,8 @@ from vqgan_accel.training.tracking import Tracking, check_trackers
 from vqgan_accel.training.validation import Validation
 
 if TYPE_CHECKING:
-    from vqgan_accel.data.stream import StreamOrder, StreamSource
+    from vqgan_accel.data.lanes import StreamOrder
+    from vqgan_accel.data.stream import StreamSource
 
 # config keys that decide which tensors a checkpoint holds
 SHAPING = ("autoencoder.", "quantizer.", "discriminator.", "data.image_size", "training.ema_decay", "training.decoder")

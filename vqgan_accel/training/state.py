@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.distributed import gathered
+from vqgan_accel.files import write_json
 from vqgan_accel.losses.terms import LossTerm
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import TOKENIZER, TOKENIZER_EMA, write_json
+from vqgan_accel.run_folder import TOKENIZER, TOKENIZER_EMA
 
 OPTIMIZERS = "optimizers.safetensors"
 STREAM = "stream.json"

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from vqgan_accel.config import Config, TrackingConfig, flat_config
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.extras import EXTRAS, is_installed
-from vqgan_accel.run_folder import CLOCK, METRICS, WANDB_ID, append_line, read_lines, sync, write_atomically
+from vqgan_accel.files import append_line, read_lines, sync, write_atomically
+from vqgan_accel.run_folder import CLOCK, METRICS, WANDB_ID
 
 IN_A_LINE = {  # of the values of a step, where it has them, and what they are called there
     "total": "loss",

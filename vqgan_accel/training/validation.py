@@ -11,12 +11,13 @@ from PIL import Image
 
 from vqgan_accel.compat import uncompiled
 from vqgan_accel.config import Config
-from vqgan_accel.data.loading import Batch
+from vqgan_accel.data.views import Batch
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.files import naming, write_json
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import VALIDATION, naming, picture_file, write_json
+from vqgan_accel.run_folder import VALIDATION, picture_file
 
 
 class Validation:

@@ -1,4 +1,4 @@
-"""`vqgan-accel tokenize`: the codes of a whole data set, for the second stage (see data/tokens.py for what is written).
+"""`vqgan-accel tokenize`: the codes of a whole data set, for the second stage (see read.py for what is written).
 
 A shard is a function of its number: of which images it holds, in which batches they are encoded. So processes share the
 shards, and a run that was killed writes those that are missing: no image twice, none left out.
@@ -26,16 +26,16 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
-from vqgan_accel.data.loading import Batch, Failure, read_image, to_float, views_loader
-from vqgan_accel.data.opening import open_indexed, require_apart, split_of
+from vqgan_accel.data.opening import open_indexed, require_apart, split_of, views_loader
 from vqgan_accel.data.source import ImageSource, Labels, in_utf8
-from vqgan_accel.data.tokens import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
+from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
-from vqgan_accel.evaluation.evaluate import evaluation_config
+from vqgan_accel.files import lock, naming, sync, write_json
+from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import require_finite, state_hash
-from vqgan_accel.run_folder import find_tokenizer, lock, naming, sync, write_json
+from vqgan_accel.tokens.read import LARGEST_UINT16, MANIFEST, read_manifest, rows_in, shard_files
 
 SHARD_IMAGES = 10_000  # at most, unless told otherwise
 SAMPLE = 32  # images whose pixels are hashed
@@ -43,29 +43,31 @@ SAMPLE = 32  # images whose pixels are hashed
 
 def tokenize(
     model: str | Path,
+    *,
+    data: str | Path | None = None,
     output: str | Path,
+    overrides: Sequence[str] = (),
     views: str = "center",
     shard_images: int | None = None,
-    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the codes of `evaluation.split` of `data.path` as parquet, which `load_tokens` reads; the main process
     returns the finished manifest. Every process calls it.
 
-    model: what `load_tokenizer` takes, whose config the overrides change. views: `center`, `flip` (two views an image)
-    or `10crop` (ten). shard_images: images in a file, by default 10,000, or fewer where not every process would have a
-    file. Broken images stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of
-    the same images by the same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
+    model: what `load_tokenizer` takes; data: images in place of the run's own, whatever data.path may be; overrides:
+    `section.key=value`, of the run's config. views: `center`, `flip` (two views an image) or `10crop` (ten).
+    shard_images: images in a file, by default 10,000, or fewer where not every process would have a file. Broken images
+    stop it, or are left out and counted with data.on_error=skip. What is in `output` already, of the same images by the
+    same tokenizer, is kept. ValueError or FileNotFoundError says what is wrong.
 
-    >>> manifest = tokenize("runs/first", "tokens", views="flip", overrides=["evaluation.split=train"])
+    >>> manifest = tokenize("runs/first", output="tokens", views="flip", overrides=["evaluation.split=train"])
     >>> manifest["rows"], manifest["code_grid"], manifest["num_codes"]
     (16, [4, 4], 16)
     """
     output = Path(output)
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
-    folder, config_file = find_tokenizer(Path(model))
-    tokenizer = ImageTokenizer.from_pretrained(folder)
-    config = evaluation_config(tokenizer, config_file, overrides)
+    opened = open_tokenizer(model)
+    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
@@ -74,7 +76,7 @@ def tokenize(
     with ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], list[int]]:
-            require_finite(tokenizer, str(folder))
+            require_finite(tokenizer, str(opened.folder))
             require_tokens_or_nothing(output)
             (output / "data").mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(output))
