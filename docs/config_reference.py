@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from vqgan_accel.config import Config
 from vqgan_accel.config.autoencoders import ConvolutionalConfig
-from vqgan_accel.sections import Duration, sections_of, type_of
+from vqgan_accel.sections import Duration, OneOf, sections_of, type_of
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -74,14 +75,18 @@ def _one_type(annotation: Any) -> str:
     if annotation is Duration:
         return "duration"
     if get_origin(annotation) is Literal:
-        *others, last = (f"`{value}`" for value in get_args(annotation))
-        return f"{', '.join(others)} or {last}" if others else last
+        return _either(get_args(annotation))
     if get_origin(annotation) is tuple:
         members = get_args(annotation)
         if members[-1] is Ellipsis:
             return f"list: {_plural(_one_type(plain(members[0])))}"
         return f"list of {len(members)} {_plural(_one_type(plain(members[0])))}"
     raise TypeError(f"no words for the type {annotation}")
+
+
+def _either(values: Sequence[object]) -> str:
+    *others, last = (f"`{value}`" for value in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _plural(name: str) -> str:
@@ -141,7 +146,9 @@ def table(section: type[BaseModel], prefix: str) -> list[str]:
     for name, field in sorted(section.model_fields.items(), key=lambda item: item[0] != "type"):
         if sections_of(field.annotation):
             continue
-        allowed = "; ".join(part for part in (type_name(field.annotation), bounds(field)) if part)
+        names = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
+        kind = _either(names) if names else type_name(field.annotation)
+        allowed = "; ".join(part for part in (kind, bounds(field)) if part)
         default = "must be given" if field.is_required() else f"`{value_text(field.default)}`"
         cells = [f"`{prefix}{name}`", allowed, default, meaning(section, name)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vqgan_accel.sections import Section
+from vqgan_accel.data.sources import SOURCES
+from vqgan_accel.sections import OneOf, Section
 
 
 class DataConfig(Section):
-    backend: Literal["folder", "hub", "ffcv", "beton", "auto"] = Field(
+    backend: Annotated[str, OneOf([*SOURCES, "auto"])] = Field(
         "folder",
         description="folder: plain image files; hub: Hugging Face data sets; ffcv: betons, in training by FFCV's own "
         "loader; beton: the same files by Pillow alone; auto: what data.path turns out to be",
