@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from vqgan_accel.config import Config, DataConfig, parse_config
-from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, duration
+from vqgan_accel.training.pace import ENOUGH_STEPS, Pace
 from vqgan_accel.training.plan import make_plan
+from vqgan_accel.words import duration
 
 
 class Clock:
