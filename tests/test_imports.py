@@ -36,12 +36,12 @@ EXCEPTIONS = {
 MOST_LINES = 320  # of a file
 LONG_FILES = {
     "config.py": "becomes a package",
-    "new.py": "what a user has in the end is decided in one place",
+    "new.py": "to be split",
     "training/setup.py": "set-up in acts",
 }
 MOST_LINES_OF_A_FUNCTION = 55
 LONG_FUNCTIONS = {
-    "new.py new": "one decision after another",
+    "new.py new": "to be split",
     "training/loop.py run_steps": "the loop itself",
     "training/setup.py set_up": "set-up in acts",
 }
