@@ -389,7 +389,7 @@ def check_r1(place: Place) -> None:
 def check_codes(place: Place) -> None:
     """Of the recipe's encoder with random weights; codes drawn from latents of other images."""
     from vqgan_accel.config import load_config
-    from vqgan_accel.models.networks import build_tokenizer
+    from vqgan_accel.models.build import build_tokenizer
 
     overrides = [] if place.cuda else ["autoencoder.channels=32", "quantizer.num_codes=64"]
     config = load_config(RECIPE, overrides)
@@ -472,25 +472,24 @@ class Phase(NamedTuple):
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def run_loop(setup: Any, feed: Callable[[Batches], Batches]) -> None:
+def run_loop(run: Any, feed: Callable[[Batches], Batches]) -> None:
     """The training loop itself, on what `feed` makes of its loader's batches, for as long as there are some."""
     from vqgan_accel.interruption import StopRequest
-    from vqgan_accel.training.loop import run_steps
+    from vqgan_accel.training.loop import train_to_the_end
 
     def batches(loader: Batches) -> Batches:
         yield from feed(loader)
         raise Finished
 
-    loader = setup.batches
-    setup.batches = batches(loader)
-    with setup.held, setup.tracking.bar, contextlib.closing(loader), contextlib.suppress(Finished):
-        run_steps(setup, setup.plan.config, StopRequest())
+    run.batches = batches(run.batches)
+    with contextlib.suppress(Finished):
+        train_to_the_end(run, StopRequest())
 
 
-def recipe(place: Place, *overrides: str) -> Any:
-    """The recipe, set up: 256 px, 32 images on this device, R1 in every fourth step, random VGG weights."""
+def recipe(place: Place, *overrides: str) -> AbstractContextManager[Any]:
+    """A run of the recipe: 256 px, 32 images on this device, R1 in every fourth step, random VGG weights."""
     from vqgan_accel.config import load_config
-    from vqgan_accel.training.setup import set_up
+    from vqgan_accel.training.setup import open_run
 
     small = "data.image_size=32 autoencoder.channels=32 autoencoder.channel_multipliers=[1,1] quantizer.num_codes=64"
     small += " quantizer.embedding_dim=32 discriminator.channel_base=256 data.workers=1"
@@ -508,10 +507,10 @@ def recipe(place: Place, *overrides: str) -> Any:
         *([] if place.cuda else small.split()),
         *overrides,
     ]
-    return set_up(load_config(RECIPE, settings), resume=False)
+    return open_run(load_config(RECIPE, settings))
 
 
-def timed(place: Place, setup: Any, phases: list[Phase], loader: Batches) -> Batches:
+def timed(place: Place, run: Any, phases: list[Phase], loader: Batches) -> Batches:
     """The same batch, already on the device, for every step of every phase; records the phases' times and memory.
 
     The loop asks for the next batch when a step is over, so a step lies between two lines of this function.
@@ -524,7 +523,7 @@ def timed(place: Place, setup: Any, phases: list[Phase], loader: Batches) -> Bat
         first = 0.0
         with phase.setting():
             for index in range(phase.steps):
-                r1 = setup.plan.r1_at(setup.state.progress.step)
+                r1 = run.plan.r1_at(run.progress.step)
                 began = clock(place)
                 yield batch
                 took, used = clock(place) - began, peak_gib(place)
@@ -573,26 +572,28 @@ def check_bf16(place: Place) -> None:
     """The step as it is; a profile of it; then with other memory formats, and with cuDNN choosing by trial; last with
     the real loader."""
     record_ceilings(place, torch.bfloat16)
-    setup = recipe(place, "training.mixed_precision=bf16")
-    long, short = (24, 16) if place.cuda else (4, 5)
-    tokenizer, discriminator = ((setup.state.tokenizer, "tokenizer"), (setup.state.discriminator, "discriminator"))
-    # training/setup.py has D contiguous on a GPU and in channels_last on a CPU: the other one is tried
-    d_name, d_format = ("channels_last", torch.channels_last) if place.cuda else ("contiguous", torch.contiguous_format)
-    phases = [
-        Phase("bf16", long + 1, 4),  # then three plain steps come, and one with R1
-        Phase("bf16, profiled", 3, 0, partial(profiled, place, "plain steps", 3)),
-        Phase("bf16, R1 profiled", 1, 0, partial(profiled, place, "R1 step", 1)),
-        Phase(f"bf16, D {d_name}", short, 4, partial(layout, setup, *discriminator, d_format)),
-        Phase("bf16, tokenizer channels_last", short, 4, partial(layout, setup, *tokenizer, torch.channels_last)),
-        Phase("bf16, as it is, again", short, 4),
-        Phase("bf16, cudnn.benchmark", long, 8, cudnn_benchmark),
-    ]
+    with recipe(place, "training.mixed_precision=bf16") as run:
+        long, short = (24, 16) if place.cuda else (4, 5)
+        tokenizer, discriminator = run.networks.learners
+        # training/networks.py has D contiguous on a GPU and in channels_last on a CPU: the other one is tried
+        d_name, d_format = (
+            ("channels_last", torch.channels_last) if place.cuda else ("contiguous", torch.contiguous_format)
+        )
+        phases = [
+            Phase("bf16", long + 1, 4),  # then three plain steps come, and one with R1
+            Phase("bf16, profiled", 3, 0, partial(profiled, place, "plain steps", 3)),
+            Phase("bf16, R1 profiled", 1, 0, partial(profiled, place, "R1 step", 1)),
+            Phase(f"bf16, D {d_name}", short, 4, partial(layout, discriminator, d_format)),
+            Phase("bf16, tokenizer channels_last", short, 4, partial(layout, tokenizer, torch.channels_last)),
+            Phase("bf16, as it is, again", short, 4),
+            Phase("bf16, cudnn.benchmark", long, 8, cudnn_benchmark),
+        ]
 
-    def feed(loader: Batches) -> Batches:
-        yield from timed(place, setup, phases, loader)
-        yield from with_loader(place, 40 if place.cuda else 4, loader)
+        def feed(loader: Batches) -> Batches:
+            yield from timed(place, run, phases, loader)
+            yield from with_loader(place, 40 if place.cuda else 4, loader)
 
-    run_loop(setup, feed)
+        run_loop(run, feed)
 
 
 def with_loader(place: Place, steps: int, loader: Batches) -> Batches:
@@ -613,22 +614,23 @@ def with_loader(place: Place, steps: int, loader: Batches) -> Batches:
 
 def check_float32(place: Place) -> None:
     record_ceilings(place, torch.float32)
-    setup = recipe(place, "training.mixed_precision=no")
-    phases = [
-        Phase("float32, TF32 convolutions", 16 if place.cuda else 5, 4, partial(tf32, True)),
-        Phase("float32, IEEE", 12 if place.cuda else 5, 4, partial(tf32, False)),
-    ]
-    run_loop(setup, partial(timed, place, setup, phases))
+    with recipe(place, "training.mixed_precision=no") as run:
+        phases = [
+            Phase("float32, TF32 convolutions", 16 if place.cuda else 5, 4, partial(tf32, True)),
+            Phase("float32, IEEE", 12 if place.cuda else 5, 4, partial(tf32, False)),
+        ]
+        run_loop(run, partial(timed, place, run, phases))
 
 
 def check_compiled(place: Place) -> None:
     """training.compile: encoder, decoder and perceptual network."""
-    setup = recipe(place, "training.mixed_precision=bf16", f"training.compile={'true' if place.cuda else 'false'}")
-    phases = [
-        Phase("bf16, compiled: compiling", 2, 1),
-        Phase("bf16, compiled", 20 if place.cuda else 4, 4),
-    ]
-    run_loop(setup, partial(timed, place, setup, phases))
+    compiled = f"training.compile={'true' if place.cuda else 'false'}"
+    with recipe(place, "training.mixed_precision=bf16", compiled) as run:
+        phases = [
+            Phase("bf16, compiled: compiling", 2, 1),
+            Phase("bf16, compiled", 20 if place.cuda else 4, 4),
+        ]
+        run_loop(run, partial(timed, place, run, phases))
 
 
 def record_ceilings(place: Place, dtype: torch.dtype) -> None:
@@ -654,14 +656,15 @@ def record_ceilings(place: Place, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def layout(setup: Any, network: torch.nn.Module, name: str, memory_format: torch.memory_format) -> Iterator[None]:
-    """The network's weights and moments in another memory format, and back."""
+def layout(learner: Any, memory_format: torch.memory_format) -> Iterator[None]:
+    """A network's weights and moments in another memory format, and back."""
+    network = learner.network
     weights = [parameter for parameter in network.parameters() if parameter.dim() == 4 and min(parameter.shape[1:]) > 1]
     usual = torch.contiguous_format if weights[0].is_contiguous() else torch.channels_last
 
     def turn(to: torch.memory_format) -> None:
         network.to(memory_format=to)
-        for state in setup.state.optimizers[name].state.values():
+        for state in learner.optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() == 4:
                     state[key] = value.contiguous(memory_format=to)
@@ -716,25 +719,25 @@ def profiled(place: Place, name: str, steps: int) -> Iterator[None]:
 def check_waits(place: Place) -> None:
     """Lines of ours at which the host waits for the device in a step in which nothing but training happens."""
     from vqgan_accel.config import load_config
-    from vqgan_accel.training.setup import set_up
+    from vqgan_accel.training.setup import open_run
 
     for quantizer in QUANTIZERS if place.cuda else ("gumbel",):
         for ema_decay, expected in (("null", "1"), ("0.9", "3")):
-            run = place.folder / f"{quantizer}_{ema_decay}"
-            settings = [f"output_dir={run}", f"training.ema_decay={ema_decay}", "data.workers=0"]
-            setup = set_up(load_config(tiny_config(place, quantizer), settings), resume=False)
+            folder = place.folder / f"{quantizer}_{ema_decay}"
+            settings = [f"output_dir={folder}", f"training.ema_decay={ema_decay}", "data.workers=0"]
             waits: Counter[str] = Counter()
-            run_loop(setup, partial(watched, setup, waits))
+            with open_run(load_config(tiny_config(place, quantizer), settings)) as run:
+                run_loop(run, partial(watched, run, waits))
             record_waits(place, f"host waits a step, {quantizer}, ema_decay {ema_decay}", waits, expected)
 
 
 WATCHED = (1, 2)  # optimizer steps, counted from 0: an R1 step is among them; no epoch ends, nothing is saved
 
 
-def watched(setup: Any, waits: Counter[str], loader: Batches, last: int = WATCHED[-1]) -> Batches:
+def watched(run: Any, waits: Counter[str], loader: Batches, last: int = WATCHED[-1]) -> Batches:
     """The loader's batches up to step `last`; fills `waits` with the lines at which the host waited in WATCHED."""
     for batch in loader:
-        step = setup.state.progress.step
+        step = run.progress.step
         if step > last:
             break
         with waits_counted(waits) if step in WATCHED else nullcontext():
@@ -820,34 +823,35 @@ def check_distributed(place: Place) -> None:
     place.record("in DDP beside without", difference(runs["plain"], runs["ddp"]), "", "to rounding")
 
 
-def train_in_ddp(place: Place, config: Path, run: Path) -> None:
+def train_in_ddp(place: Place, config: Path, folder: Path) -> None:
     import torch.distributed as dist
     from accelerate.state import PartialState
 
     from vqgan_accel.config import load_config
     from vqgan_accel.distributed import leaving_process_group
-    from vqgan_accel.training.setup import set_up
+    from vqgan_accel.training.setup import open_run
 
     here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417"}
     os.environ |= here
     PartialState.use_distributed = property(lambda self: True)  # type: ignore[method-assign]
     waits: Counter[str] = Counter()
     with leaving_process_group():
-        setup = set_up(load_config(config, [f"output_dir={run}"]), resume=False)
-        place.record(
-            "backend, wrapper",
-            f"{dist.get_backend() if dist.is_initialized() else 'none'}, {type(setup.tokenizer).__name__}",
-            "",
-            "nccl, DistributedDataParallel",
-        )
-        if dist.is_initialized():
-            value = torch.ones(3, device=place.device)
-            dist.all_reduce(value)
-            objects: list[Any] = [{"step": 1}]
-            dist.broadcast_object_list(objects)
-            dist.all_gather_object(objects, "fingerprint")
-            place.record("all_reduce, broadcast_object_list, all_gather_object", "complete")
-        run_loop(setup, partial(watched, setup, waits, last=8))
+        with open_run(load_config(config, [f"output_dir={folder}"])) as run:
+            wrapper = type(run.networks.tokenizer.wrapped).__name__
+            place.record(
+                "backend, wrapper",
+                f"{dist.get_backend() if dist.is_initialized() else 'none'}, {wrapper}",
+                "",
+                "nccl, DistributedDataParallel",
+            )
+            if dist.is_initialized():
+                value = torch.ones(3, device=place.device)
+                dist.all_reduce(value)
+                objects: list[Any] = [{"step": 1}]
+                dist.broadcast_object_list(objects)
+                dist.all_gather_object(objects, "fingerprint")
+                place.record("all_reduce, broadcast_object_list, all_gather_object", "complete")
+            run_loop(run, partial(watched, run, waits, last=8))
         record_waits(place, "host waits a step, gumbel in DDP, 2 rounds, ema_decay 0.9", waits, "7 (audit, finding 5)")
     place.record("process group", "destroyed" if not dist.is_initialized() else "still there", "", "destroyed")
 

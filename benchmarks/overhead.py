@@ -16,16 +16,19 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqgan_accel.config import Config, load_config
-from vqgan_accel.training import loop
-from vqgan_accel.training.pace import Pace
-from vqgan_accel.training.setup import Setup
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
+from vqgan_accel.data.views import Batch, to_float
+from vqgan_accel.interruption import StopRequest
+from vqgan_accel.training.loop import adversary_at, train_to_the_end
+from vqgan_accel.training.round import tokenizer_backward
+from vqgan_accel.training.setup import Run, open_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import write_images
@@ -36,63 +39,54 @@ SIZES = {  # of the networks
 }
 
 
-def networks_alone(setup: Setup, config: Config, images: Tensor) -> None:
+def networks_alone(run: Run, images: Tensor) -> None:
     """Forward and backward of the step that is about to come, and nothing kept of it."""
-    plan, step = setup.plan, setup.state.progress.step
-    adversarial = config.discriminator if plan.adversarial_at(step) else None
-    made = generator_backward(
-        setup.accelerator,
-        setup.tokenizer,
-        setup.perceptual,
-        setup.discriminator,
-        images,
-        None,
-        config.losses,
-        adversarial,
+    networks, adversary = run.networks, adversary_at(run, run.progress.step)
+    made = tokenizer_backward(
+        run.accelerator, networks.tokenizer, networks.reconstruction_loss, adversary, images, None
     )
-    if adversarial and setup.discriminator is not None and made.fake_logits is not None:
-        discriminator_backward(
-            setup.accelerator, setup.discriminator, images, made.fake_logits, adversarial, plan.r1_at(step)
-        )
-    setup.state.tokenizer.quantizer.discard_update()
-    for optimizer in setup.state.optimizers.values():
-        optimizer.zero_grad()
+    if adversary is not None and made.verdict is not None:
+        adversary.learn(images, made.verdict)
+    networks.tokenizer.network.quantizer.discard_update()
+    for learner in networks.learners:
+        learner.optimizer.zero_grad()
+
+
+class TimedPace:
+    """A run's Pace that also notes the seconds of each step in the loop, its logging included, and, between two steps,
+    those of the networks alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.pace = run, run.pace
+        self.batch: Batch | None = None
+        self.in_loop: list[float] = []
+        self.alone: list[float] = []
+        self.began: float | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pace, name)
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        self.batch = self.pace.next(batches)
+        return self.batch
+
+    def begin_step(self) -> None:
+        if self.began is not None:
+            self.in_loop.append(time.perf_counter() - self.began)
+        if self.batch is not None:
+            start = time.perf_counter()
+            networks_alone(self.run, to_float(self.batch["image"]))
+            self.alone.append(time.perf_counter() - start)
+        self.began = time.perf_counter()
+        self.pace.begin_step()
 
 
 def measure(config: Config) -> tuple[list[float], list[float]]:
     """Seconds of each step in the loop, its logging included, and of its networks alone."""
-    setups: list[Setup] = []
-    batches: list[Tensor] = []
-    in_loop: list[float] = []
-    alone: list[float] = []
-    began: list[float] = []
-
-    class TimedPace(Pace):
-        def begin_step(self) -> None:
-            if began:
-                in_loop.append(time.perf_counter() - began.pop())
-            if batches:
-                start = time.perf_counter()
-                networks_alone(setups[0], config, batches.pop())
-                alone.append(time.perf_counter() - start)
-            began.append(time.perf_counter())
-            super().begin_step()
-
-    def set_up(*arguments: object) -> Setup:
-        setups.append(originals[0](*arguments))
-        return setups[0]
-
-    def to_float(images: Tensor) -> Tensor:
-        batches[:] = [originals[1](images)]
-        return batches[0]
-
-    originals = loop.set_up, loop.to_float
-    loop.set_up, loop.to_float, loop.Pace = set_up, to_float, TimedPace  # type: ignore[assignment, misc]
-    try:
-        loop.train(config)
-    finally:
-        (loop.set_up, loop.to_float), loop.Pace = originals, Pace  # type: ignore[misc]
-    return in_loop[1:], alone  # the first step has no images to compare with, and warms up
+    with open_run(config) as run:
+        timed = run.pace = TimedPace(run)
+        train_to_the_end(run, StopRequest())
+    return timed.in_loop[1:], timed.alone  # the first step has no images to compare with, and warms up
 
 
 def main() -> None:

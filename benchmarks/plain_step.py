@@ -1,10 +1,10 @@
 """The step that step_flops.py and step_time.py compare with: the same losses, as the trainer that this project
 re-creates writes them, but for its compiled operators.
 
-It computes what `vqgan_accel.training.steps` computes, to rounding (step_time.py checks that before it times anything),
-with what those leave out: full distances and a one-hot product in the quantizer, two extra backward passes for the
-adaptive weight, the discriminator's gradients in the generator step, a second forward pass of the discriminator on the
-reconstruction, torch's own second derivative of a convolution, and contiguous memory.
+It computes what round.py and adversary.py of `vqgan_accel.training` compute, to rounding (step_time.py checks that
+before it times anything), with what those leave out: full distances and a one-hot product in the quantizer, two extra
+backward passes for the adaptive weight, the discriminator's gradients in the generator step, a second forward pass of
+the discriminator on the reconstruction, torch's own second derivative of a convolution, and contiguous memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vqgan_accel.config import DiscriminatorConfig, LossConfig
 from vqgan_accel.losses.adversarial import fake_loss, generator_loss, r1_penalty, real_loss
-from vqgan_accel.losses.reconstruction import reconstruction_loss
+from vqgan_accel.losses.reconstruction import ReconstructionLoss
 from vqgan_accel.models.discriminators import stylegan2
 from vqgan_accel.models.quantizers import Quantizer, QuantizerOutput, StandardQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
@@ -68,7 +68,7 @@ def plain_generator_backward(
     reconstruction, detached."""
     with autocast:
         output = tokenizer(images)
-        rec_loss, _ = reconstruction_loss(output.reconstruction, images, perceptual, losses)
+        rec_loss, _ = ReconstructionLoss(losses, perceptual, {})(output.reconstruction, images)
     total = rec_loss + output.quantizer.loss
     if discriminator is not None and adversarial is not None:
         with autocast:

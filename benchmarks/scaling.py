@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from one_round import Game
 from step_flops import CASES, COUNTED, RECIPE, build, counted, halves
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqgan_accel.config import load_config
 from vqgan_accel.losses.perceptual import perceptual_shell
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 
 IMAGES_PER_GPU = 32
 GPU_RATES = {"as the seed ran": 50e12, "fast": 125e12}  # FLOP/s: 10.2 A100-hours an epoch; 40 % of an A100's bf16 rate
@@ -92,11 +92,8 @@ def buckets_of_a_step(config_file: str, size: int, batch: int) -> dict[str, list
         accelerator.spans = []
         for recorder in recorders.values():
             recorder.ready.clear()
-        made = generator_backward(
-            accelerator, tokenizer, perceptual, discriminator, images, None, config.losses, config.discriminator
-        )
-        assert made.fake_logits is not None
-        discriminator_backward(accelerator, discriminator, images, made.fake_logits, config.discriminator, False)
+        game = Game(accelerator, tokenizer, config.losses, perceptual, discriminator, config.discriminator)
+        game.second_half(images, game.first_half(images))
     _, *spans = accelerator.spans  # of the discriminator's half on reconstructions, which sends nothing
     return {
         name: [Bucket((ready - begun) / (ended - begun), size) for ready, size in recorder.ready]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from one_round import Game
 from plain_step import OneHotQuantizer, plain_discriminator_backward, plain_generator_backward, torchs_convolutions
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,11 +28,10 @@ from torch.utils.flop_counter import flop_registry
 from vqgan_accel.config import Config, load_config
 from vqgan_accel.describe import describe
 from vqgan_accel.losses.perceptual import perceptual_shell
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
 from vqgan_accel.models.quantizers import StandardQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 COUNTED = 4  # images of the counted batch: one group of the minibatch standard deviation
 RECIPE = "configs/imagenet/standard_vqgan_cb1024_adaptive_R1.yaml"
@@ -89,7 +89,8 @@ def halves(
     losses, accelerator, autocast = config.losses, Accelerator(cpu=True), torch.autocast("cpu", enabled=False)
     if not case.perceptual:
         losses = losses.model_copy(update={"perceptual_weight": 0.0})
-    made: list[Tensor | None] = []  # what the first half hands to the second
+    game = Game(accelerator, tokenizer, losses, perceptual, discriminator, adversarial, case.r1)
+    made: list[Any] = []  # what the first half hands to the second
 
     def first() -> None:
         if plain:
@@ -100,21 +101,18 @@ def halves(
                     )
                 )
         else:
-            step = generator_backward(
-                accelerator, tokenizer, perceptual, discriminator, images, None, losses, adversarial
-            )
-            made.append(step.fake_logits)
+            made.append(game.first_half(images))
 
     def second() -> None:
         (handed,) = made
-        if discriminator is None or adversarial is None or handed is None:
+        if discriminator is None or adversarial is None:
             return
         if plain:
             discriminator.zero_grad()
             with torchs_convolutions():
                 plain_discriminator_backward(discriminator, images, handed, adversarial, case.r1, autocast)
         else:
-            discriminator_backward(accelerator, discriminator, images, handed, adversarial, case.r1)
+            game.second_half(images, handed)
 
     if plain:
         assert isinstance(tokenizer.quantizer, StandardQuantizer)

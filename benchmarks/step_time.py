@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from one_round import Game
 from plain_step import OneHotQuantizer, plain_discriminator_backward, plain_generator_backward, torchs_convolutions
 from step_flops import CASES, COUNTED, RECIPE, Case, build, counted, halves
 from torch import Tensor, nn
@@ -33,10 +34,9 @@ from torch.optim import AdamW
 
 from vqgan_accel.config import Config, DiscriminatorConfig, load_config
 from vqgan_accel.losses.perceptual import perceptual_shell
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.quantizers import QuantizerOutput, StandardQuantizer
 from vqgan_accel.models.tokenizer import TokenizerOutput
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 PRECISIONS = ("float32", "bf16")
 Networks = tuple[nn.Module, nn.Module, nn.Module]  # tokenizer, perceptual network, discriminator
@@ -105,11 +105,10 @@ class Ours(Competitor):
     def backward(self, images: Tensor, config: Config, adversarial: DiscriminatorConfig | None, case: Case) -> None:
         tokenizer, discriminator = self.prepared
         accelerator: Any = self.accelerator
-        step = generator_backward(
-            accelerator, tokenizer, self.perceptual, discriminator, images, None, config.losses, adversarial
-        )
-        if adversarial is not None and step.fake_logits is not None:
-            discriminator_backward(accelerator, discriminator, images, step.fake_logits, adversarial, case.r1)
+        game = Game(accelerator, tokenizer, config.losses, self.perceptual, discriminator, adversarial, case.r1)
+        made = game.first_half(images)
+        if adversarial is not None:
+            game.second_half(images, made)
 
 
 class Plain(Competitor):

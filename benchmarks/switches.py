@@ -21,7 +21,7 @@ from torch.optim import AdamW
 
 from vqgan_accel.config import Config
 from vqgan_accel.losses.perceptual import perceptual_shell
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
 FORMS = ("contiguous", "channels_last", "compiled")

@@ -22,7 +22,7 @@ from step_time import fastest
 from vqgan_accel.config import load_config
 from vqgan_accel.data.opening import evaluation_loader, open_source
 from vqgan_accel.data.views import to_float
-from vqgan_accel.models.networks import build_tokenizer
+from vqgan_accel.models.build import build_tokenizer
 from vqgan_accel.tokens.write import tokenize
 
 

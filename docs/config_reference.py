@@ -1,18 +1,15 @@
-"""Write docs/config.md: every key of a config with its type, bounds, default and meaning, from vqgan_accel/config.py.
+"""Write docs/config.md: every key of a config with its type, bounds, default and meaning, from vqgan_accel/config/.
 
     python docs/config_reference.py
 
-The schema is walked, and a field's meaning is the comment that stands beside it. tests/test_docs.py holds the page to
-what this writes. Types and bounds are spelled here, so that no version of pydantic changes the page.
+The schema is walked, and a field's meaning is its description. tests/test_docs.py holds the page to what this writes.
+Types and bounds are spelled here, so that no version of pydantic changes the page.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
 import sys
-import tokenize
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,14 +17,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vqgan_accel import config as schema
-from vqgan_accel.config import UNIONS, Config, ConvolutionalConfig, Duration, Section
+from vqgan_accel.config import Config
+from vqgan_accel.config.autoencoders import ConvolutionalConfig
+from vqgan_accel.sections import Duration, sections_of, type_of
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
 # Every key of a config
 
-Written by `python docs/config_reference.py` from the schema, `vqgan_accel/config.py`: change the comments there, not
+Written by `python docs/config_reference.py` from the schema, `vqgan_accel/config/`: change the descriptions there, not
 this page.
 
 A config is one YAML file, or a recipe's name (`vqgan-accel recipes`). A key of a section is written below it in the
@@ -46,46 +44,6 @@ what each metric is.
 TAIL = """\
 Next: [exactness](exactness.md), the two promises.
 """
-
-
-# ---- comments
-
-
-def comments(source: str) -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment beside it.
-
-    That is what stands behind `#` on the field's own lines and on comment lines that follow at once; and, where the
-    field has none there, on the comment lines before it.
-    """
-    at_line: dict[int, tuple[str, bool]] = {}  # line -> the comment, whether it has the line for itself
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            alone = not token.line[: token.start[1]].strip()
-            at_line[token.start[0]] = (token.string.lstrip("#").strip(), alone)
-
-    found = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for field in node.body:
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            first, last = field.lineno, field.end_lineno or field.lineno
-            parts = [at_line[line][0] for line in range(first, last + 1) if line in at_line]
-            if parts:
-                parts += below(at_line, last, +1)
-            else:
-                parts = below(at_line, first, -1)[::-1]
-            found[node.name, field.target.id] = " ".join(parts)
-    return found
-
-
-def below(at_line: dict[int, tuple[str, bool]], line: int, step: int) -> list[str]:
-    """The comments that have lines for themselves, from the next line on, downwards or (step -1) upwards."""
-    parts = []
-    while (line := line + step) in at_line and at_line[line][1]:
-        parts.append(at_line[line][0])
-    return parts
 
 
 # ---- types, bounds, defaults
@@ -164,18 +122,12 @@ def value_text(value: Any) -> str:
 # ---- the page
 
 
-def sections_of(annotation: Any) -> list[type[Section]]:
-    kind = type(Section)  # (on Python 3.10 tuple[int, ...] is a class too)
-    return [part for part in parts_of(annotation) if isinstance(part, kind) and issubclass(part, Section)]
-
-
-def meaning(section: type[BaseModel], name: str, known: dict[tuple[str, str], str]) -> str:
-    """The comment in the class that has the field: its own, or one that it inherits from. ValueError where it has
-    none."""
-    for owner in section.__mro__:
-        if text := known.get((owner.__name__, name)):
-            return text
-    raise ValueError(f"{section.__name__}.{name} has no comment in config.py that says what it is")
+def meaning(section: type[BaseModel], name: str) -> str:
+    """ValueError where the field has none."""
+    text = section.model_fields[name].description
+    if not text:
+        raise ValueError(f"{section.__name__}.{name} has no description that says what it is")
+    return text
 
 
 def introduction(section: type[BaseModel]) -> list[str]:
@@ -184,42 +136,45 @@ def introduction(section: type[BaseModel]) -> list[str]:
     return [*inspect.cleandoc(text).splitlines(), ""] if text else []
 
 
-def table(section: type[BaseModel], prefix: str, known: dict[tuple[str, str], str]) -> list[str]:
+def table(section: type[BaseModel], prefix: str) -> list[str]:
     rows = []
     for name, field in sorted(section.model_fields.items(), key=lambda item: item[0] != "type"):
         if sections_of(field.annotation):
             continue
         allowed = "; ".join(part for part in (type_name(field.annotation), bounds(field)) if part)
         default = "must be given" if field.is_required() else f"`{value_text(field.default)}`"
-        cells = [f"`{prefix}{name}`", allowed, default, meaning(section, name, known)]
+        cells = [f"`{prefix}{name}`", allowed, default, meaning(section, name)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return ["| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""]
 
 
 def page() -> str:
-    known = comments(Path(schema.__file__).read_text(encoding="utf-8"))
-    lines = [*HEAD.splitlines(), "", "## The file's top", "", *table(Config, "", known)]
+    lines = [*HEAD.splitlines(), "", "## The file's top", "", *table(Config, "")]
     lines += ["and the sections:", ""]
     for name, field in Config.model_fields.items():
         if sections_of(field.annotation):
-            lines.append(f"- [`{name}`](#{name}): {meaning(Config, name, known)}")
+            lines.append(f"- [`{name}`](#{name}): {meaning(Config, name)}")
     for name, field in Config.model_fields.items():
         sections = sections_of(field.annotation)
         if not sections:
             continue
         lines += ["", f"## {name}", ""]
-        if name in UNIONS:
+        if len(sections) > 1:
             shared = [ConvolutionalConfig] if all(issubclass(s, ConvolutionalConfig) for s in sections) else []
             lines += [line for base in shared for line in introduction(base)]
             default = Config.model_fields[name].default.type
             lines += [f"`{name}.type` says which of these it is; without the section, `{default}`.", ""]
             for section in sections:
-                kind = get_args(section.model_fields["type"].annotation)[0]
-                lines += [f"### {name}.type: {kind}", "", *introduction(section), *table(section, f"{name}.", known)]
+                lines += [
+                    f"### {name}.type: {type_of(section)}",
+                    "",
+                    *introduction(section),
+                    *table(section, f"{name}."),
+                ]
         else:
             if Config.model_fields[name].default is None:
                 lines += ["Null where it is not given.", ""]
-            lines += [*introduction(sections[0]), *table(sections[0], f"{name}.", known)]
+            lines += [*introduction(sections[0]), *table(sections[0], f"{name}.")]
         lines.pop()
     return "\n".join([*lines, "", *TAIL.splitlines(), ""])
 

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from vqgan_accel.training import loop
+from vqgan_accel.config import Config
+from vqgan_accel.interruption import StopRequest
+from vqgan_accel.training.loop import train_to_the_end
+from vqgan_accel.training.setup import Run, open_run
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -62,12 +64,18 @@ def held_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
             other.kill()  # its lock goes with it
 
 
-def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Training in this process stops after `step` steps as if a signal had come."""
-    original, calls = loop.global_values, []
+class StopIn(StopRequest):
+    """As if a signal came in step `step` of a run."""
 
-    def values_and_stop(losses: Any, norms: Any, skipped_images: int, stop: bool) -> Any:
-        calls.append(0)
-        return original(losses, norms, skipped_images, len(calls) == step)
+    def __init__(self, run: Run, step: int) -> None:
+        super().__init__()
+        self.run, self.step = run, step
 
-    monkeypatch.setattr(loop, "global_values", values_and_stop)
+    def __bool__(self) -> bool:
+        return self.run.progress.step == self.step - 1
+
+
+def train_until(config: Config, step: int) -> None:
+    """Training of a new run that is asked to stop in that step; it raises as `train` does."""
+    with open_run(config) as run:
+        train_to_the_end(run, StopIn(run, step))

@@ -92,6 +92,10 @@ def test_usage_counts_every_code_since_the_last_reset() -> None:
     usage = CodebookUsage(5, torch.device("cpu"))
     usage.add(torch.tensor([[[0, 3], [3, 3]]]))
     usage.add(torch.tensor([1, 3]))
+    usage.apply_update()
+    usage.add(torch.tensor([2]))
+    usage.discard_update()  # of a step that was skipped
+    usage.apply_update()
     assert usage.counts.tolist() == [1, 1, 0, 4, 0]
     assert usage.unused().tolist() == [2, 4]
     counts = usage.counts
@@ -105,6 +109,7 @@ def test_usage_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(codebook, "sum_over_processes", lambda mine: mine + other)
     usage = CodebookUsage(4, torch.device("cpu"))
     usage.add(torch.tensor([0, 0]))
+    usage.apply_update()
     assert usage.counts.tolist() == [2, 0, 7, 0]
 
 
@@ -264,6 +269,7 @@ def quantizer_with_dead_codes(name: str, latents: Tensor) -> tuple[CodebookQuant
     quantizer.apply_update()
     usage = CodebookUsage(K, torch.device("cpu"))
     usage.add(output.codes)
+    usage.apply_update()
     assert usage.unused().tolist() == list(range(4, K))
     return quantizer, usage, optimizer
 
@@ -352,6 +358,7 @@ def test_an_ema_code_that_dies_again_after_many_epochs_can_be_revived_again() ->
             quantizer.apply_update()
         usage.reset()
         usage.add(quantizer.eval()(latents[:1]).codes)
+        usage.apply_update()
         assert reinitialise_unused(quantizer, optimizer, usage, [latents], "latents", seed=epoch) > 0
         assert quantizer.codebook_vectors().isfinite().all()
         sources = distances(quantizer.codebook_vectors()[usage.unused()], rows(latents)).amin(1)

@@ -19,11 +19,12 @@ from helpers import TAMING
 from tiny import DISCRIMINATOR, tiny_config, write_splits
 
 import vqgan_accel
-from vqgan_accel.config import Config, DataConfig, EvaluationConfig, LossConfig, Section, WeightFiles, config_keys
+from vqgan_accel.config import Config, DataConfig, EvaluationConfig, LossConfig, WeightFiles, config_keys
 from vqgan_accel.data.opening import open_source
 from vqgan_accel.evaluation.evaluate import evaluate
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import build_perceptual
+from vqgan_accel.sections import Section
 from vqgan_accel.training.loop import train
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 from images import noise, write_images
 from PIL import Image
-from runs import assert_same_bits, stop_at_step
+from runs import assert_same_bits, train_until
 from skimage import data as photographs
 from tiny import tiny_config
 from torch import Tensor
@@ -230,9 +230,7 @@ def test_a_damaged_sample_stops_the_run_or_is_replaced_as_everywhere_else(
 # ---- a run
 
 
-def test_a_run_that_was_interrupted_within_an_epoch_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_interrupted_within_an_epoch_goes_on_bit_for_bit(tmp_path: Path) -> None:
     tiny_config(tmp_path)  # writes the images
     source = DataConfig(path=str(tmp_path / "images"), workers=0)
     make_betons(source, tmp_path / "betons", BetonOptions(64, "jpg", 95))
@@ -242,10 +240,8 @@ def test_a_run_that_was_interrupted_within_an_epoch_goes_on_bit_for_bit(
     assert "backend: auto" in (whole / "config.yaml").read_text()
 
     config = tiny_config(tmp_path / "b", training=training, **options)
-    with monkeypatch.context() as patched:
-        stop_at_step(patched, 3)
-        with pytest.raises(TrainingInterruptedError):
-            train(config)
+    with pytest.raises(TrainingInterruptedError):
+        train_until(config, 3)
     resumed = train(config, resume=True)
     assert_same_bits(whole / "checkpoints" / "latest", resumed / "checkpoints" / "latest")
     assert (whole / "metrics.jsonl").read_text() == (resumed / "metrics.jsonl").read_text()

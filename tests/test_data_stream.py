@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import noise
-from runs import assert_same_bits, metrics, stop_at_step
+from runs import assert_same_bits, metrics, train_until
 from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig, save_config
@@ -362,15 +362,11 @@ def stream_config(folder: Path, parquet: Path, **data: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(
-    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(parquet: Path, tmp_path: Path) -> None:
     whole = train(stream_config(tmp_path / "a", parquet, workers=2))
     interrupted = stream_config(tmp_path / "b", parquet, workers=2)
-    with monkeypatch.context() as patched:
-        stop_at_step(patched, 4)
-        with pytest.raises(TrainingInterruptedError):
-            train(interrupted)
+    with pytest.raises(TrainingInterruptedError):
+        train_until(interrupted, 4)
     resumed = train(interrupted, resume=True)
     assert_same_bits(whole / "checkpoints" / "latest", resumed / "checkpoints" / "latest")
     assert (whole / "metrics.jsonl").read_text() == (resumed / "metrics.jsonl").read_text()

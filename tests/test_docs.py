@@ -22,6 +22,7 @@ from tiny import tiny_config
 import vqgan_accel
 from vqgan_accel.arguments import build_parser
 from vqgan_accel.config import Config, config_keys
+from vqgan_accel.sections import Section
 from vqgan_accel.training.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -55,36 +56,12 @@ def test_the_reference_names_every_key_with_a_meaning():
     assert all(kind.strip() and default.strip() and len(meaning) > 3 for _, kind, default, meaning in rows)
 
 
-def test_a_comment_belongs_to_the_field_beside_it():
-    source = """
-class A:
-    # before b,
-    # in two lines
-    b: int = 1
-    c: int = Field(
-        2, ge=0
-    )  # behind c
-    # and below it
-    d: str = "# no comment"  # behind d
-    e: int = 3
+def test_a_field_without_a_description_is_refused():
+    class Bare(Section):
+        workers: int = 4
 
-    # on its own
-    f: int = 4
-"""
-    found = config_reference().comments(source)
-    assert {name: text for (_, name), text in found.items()} == {
-        "b": "before b, in two lines",
-        "c": "behind c and below it",
-        "d": "behind d",
-        "e": "",
-        "f": "on its own",
-    }
-
-
-def test_a_field_without_a_comment_is_refused():
-    reference = config_reference()
-    with pytest.raises(ValueError, match=r"DataConfig\.workers has no comment in config\.py"):
-        reference.meaning(Config.model_fields["data"].annotation, "workers", {})
+    with pytest.raises(ValueError, match=r"Bare\.workers has no description"):
+        config_reference().meaning(Bare, "workers")
 
 
 # ---- links

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,18 @@ from torch import Tensor
 from vqgan_accel.config import Config
 from vqgan_accel.interop.lightning import import_lightning
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.training import setup
 from vqgan_accel.training.loop import train
+from vqgan_accel.training.setup import open_run
 
 ADVERSARIAL = DISCRIMINATOR | {"weight": 0.5, "adaptive_weight": True}
 
 
 def first_state(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The networks of a run before its first step."""
-    made = setup.set_up(config, resume=False)
-    with made.held, made.tracking.bar, closing(made.batches):
-        discriminator = made.state.discriminator
-        return made.state.tokenizer.state_dict(), discriminator.state_dict() if discriminator else None
+    with open_run(config) as run:
+        adversary = run.networks.adversary
+        discriminator = adversary.discriminator.network.state_dict() if adversary else None
+        return run.networks.tokenizer.network.state_dict(), discriminator
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import TAMING, check_gradients, relative_error, reset_accelerate, tiny_tokenizer
+from one_round import Game
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,11 +46,10 @@ from vqgan_accel.losses.perceptual import (
     build_perceptual,
     load_lpips,
 )
-from vqgan_accel.losses.reconstruction import reconstruction_loss
+from vqgan_accel.losses.reconstruction import ReconstructionLoss
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 Kind = Literal["hinge", "non_saturating"]
 Network = Literal["vgg", "alex", "squeeze"]
@@ -312,17 +312,16 @@ def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_dis
     fake_logits = plain(classic(images, seeds).reconstruction.detach())
     fake_loss(kind, fake_logits).backward()
 
-    step = generator_backward(
-        make_accelerator(), tokenizer, random_mobilenet, discriminator, images, seeds, LOSSES, config
-    )
+    game = Game(make_accelerator(), tokenizer, LOSSES, random_mobilenet, discriminator, config)
+    step = game.first_half(images, seeds)
     for name, value in parts.items():
         assert step.losses[name].item() == pytest.approx(value, rel=1e-5), name
     check_gradients(tokenizer, classic, tolerance=1e-4)
     check_gradients(discriminator, plain, tolerance=1e-4)
     assert all(parameter.grad is None for parameter in random_mobilenet.parameters())
-    assert step.fake_logits is not None
-    torch.testing.assert_close(step.fake_logits, fake_logits, rtol=1e-4, atol=1e-5)
-    returned = (*step.losses.values(), step.latents, step.fake_logits)
+    assert step.verdict is not None
+    torch.testing.assert_close(step.verdict.logits, fake_logits, rtol=1e-4, atol=1e-5)
+    returned = (*step.losses.values(), step.latents, *step.verdict[:-1])
     assert not any(value.requires_grad for value in returned)
     output = classic(images, seeds)
     torch.testing.assert_close(step.latents, output.latents, rtol=0, atol=1e-5)
@@ -335,7 +334,7 @@ def test_without_a_discriminator_the_tokenizer_gradients_are_those_of_reconstruc
     output = classic(images)
     (F.mse_loss(output.reconstruction, images) + output.quantizer.loss).backward()
     losses = LossConfig(l1_weight=0, l2_weight=1, perceptual_weight=0)
-    step = generator_backward(make_accelerator(), tokenizer, None, None, images, None, losses, None)
+    step = Game(make_accelerator(), tokenizer, losses).first_half(images)
     assert set(step.losses) == {"total", "l1", "l2", "codebook_loss", "commitment_loss"}
     check_gradients(tokenizer, classic, tolerance=1e-5)
 
@@ -347,9 +346,8 @@ def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain
 ) -> None:
     config = DiscriminatorConfig(loss=kind, r1_weight=5.0)
     discriminator, plain, images = tiny_discriminator(), tiny_discriminator(), random_images()
-    step = generator_backward(
-        make_accelerator(), tiny_tokenizer(STANDARD), None, discriminator, images, None, NO_NETWORK, config
-    )
+    game = Game(make_accelerator(), tiny_tokenizer(STANDARD), NO_NETWORK, None, discriminator, config, with_r1)
+    step = game.first_half(images)
     real_images = images.clone().requires_grad_()
     reconstruction = tiny_tokenizer(STANDARD)(images).reconstruction.detach()
     real, fake = plain(real_images), plain(reconstruction)
@@ -361,8 +359,7 @@ def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain
     penalty = (slope**2).sum() / 4
     (loss + 5.0 * penalty if with_r1 else loss).backward()
 
-    assert step.fake_logits is not None
-    parts = discriminator_backward(make_accelerator(), discriminator, images, step.fake_logits, config, with_r1)
+    parts = game.second_half(images, step)
     expected = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
     expected |= {"r1": penalty} if with_r1 else {}
     assert parts.keys() == expected.keys()
@@ -384,9 +381,8 @@ def test_two_interleaved_rounds_accumulate_the_gradients_of_one_batch(
         tokenizer, discriminator = tiny_tokenizer(STANDARD), tiny_discriminator()
         for r in range(rounds):
             mine = images[r::rounds]
-            step = generator_backward(accelerator, tokenizer, None, discriminator, mine, None, NO_NETWORK, config)
-            assert step.fake_logits is not None
-            discriminator_backward(accelerator, discriminator, mine, step.fake_logits, config, with_r1=True)
+            game = Game(accelerator, tokenizer, NO_NETWORK, None, discriminator, config, with_r1=True)
+            game.second_half(mine, game.first_half(mine))
         networks += [tokenizer, discriminator]
     whole_tokenizer, whole_discriminator, tokenizer, discriminator = networks
     check_gradients(tokenizer, whole_tokenizer, tolerance=1e-5)
@@ -405,11 +401,11 @@ def test_the_reconstruction_loss_is_the_weighted_sum_of_its_parts_which_it_repor
             return 3 * reconstruction[:, 0, 0, 0] + images[:, 0, 0, 0]
 
     config = LossConfig(l1_weight=2, l2_weight=4, perceptual_weight=8)
-    total, parts = reconstruction_loss(reconstruction, images, First(), config)
+    total, parts = ReconstructionLoss(config, First(), {})(reconstruction, images)
     assert {name: part.item() for name, part in parts.items()} == {"l1": 0.75, "l2": 0.625, "perceptual": -0.75}
     assert total.item() == 2 * 0.75 + 4 * 0.625 - 8 * 0.75
     assert total.requires_grad and not any(part.requires_grad for part in parts.values())
-    total, parts = reconstruction_loss(reconstruction, images, None, config)
+    total, parts = ReconstructionLoss(config, None, {})(reconstruction, images)
     assert total.item() == 2 * 0.75 + 4 * 0.625 and set(parts) == {"l1", "l2"}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import reset_accelerate, tiny_tokenizer
+from one_round import Game
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqgan_accel.config import DiscriminatorConfig, LossConfig, StandardQuantizerConfig
 from vqgan_accel.losses.perceptual import LPIPSDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 SIZE = 32
 LOSSES = LossConfig(perceptual_weight=1.0)
@@ -55,11 +55,11 @@ def run(
     images = torch.rand(4, 3, SIZE, SIZE) * 2 - 1
     tokenizer, discriminator = accelerator.prepare(model, d_model)
     first, second = Dtypes(), Dtypes()
+    game = Game(accelerator, tokenizer, losses, perceptual, discriminator, ADVERSARIAL, with_r1)
     with first:
-        made = generator_backward(accelerator, tokenizer, perceptual, discriminator, images, None, losses, ADVERSARIAL)
-    assert made.fake_logits is not None
+        made = game.first_half(images)
     with second:
-        parts = discriminator_backward(accelerator, discriminator, images, made.fake_logits, ADVERSARIAL, with_r1)
+        parts = game.second_half(images, made)
     return [model, d_model], made.losses | parts, first, second
 
 

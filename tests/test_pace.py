@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from vqgan_accel.config import Config, DataConfig, parse_config
-from vqgan_accel.training.pace import ENOUGH_STEPS, Pace
+from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, Work, peak_tflops
 from vqgan_accel.training.plan import make_plan
 from vqgan_accel.words import duration
 
@@ -39,37 +40,75 @@ def run(pace: Pace, clock: Clock, steps: int, data: float, compute: float, round
         clock.now += 50  # a validation between two steps
 
 
+def pace_of(backend: str = "folder", workers: int = 4) -> Pace:
+    work = Work(images=64, processes=2, gflop=3.0, gflop_adversarial=5.0)
+    return Pace(torch.device("cpu"), work, DataConfig(workers=workers), backend)
+
+
+def times(pace: Pace) -> dict[str, float]:
+    return {name: value for name, value in pace.report(False).items() if name in ("data_time", "step_time", "seconds")}
+
+
 def test_times_are_means_over_the_steps_since_the_last_report_and_over_all_rounds(clock: Clock) -> None:
-    pace = Pace()
+    pace = pace_of()
     run(pace, clock, 1, data=30, compute=9)  # the first step is not counted
     run(pace, clock, 4, data=0.25, compute=1.5, rounds=2)
-    assert pace.report() == {"data_time": 0.5, "step_time": 2.0, "seconds": 39 + 4 * 2 + 5 * 50}
+    assert times(pace) == {"data_time": 0.5, "step_time": 2.0, "seconds": 39 + 4 * 2 + 5 * 50}
     run(pace, clock, 2, data=0, compute=1)
-    assert pace.report() == {"data_time": 0.0, "step_time": 1.0, "seconds": 2 + 2 * 50}
-    assert pace.report() == {"data_time": 0.0, "step_time": 0.0, "seconds": 0}
+    assert times(pace) == {"data_time": 0.0, "step_time": 1.0, "seconds": 2 + 2 * 50}
+    assert times(pace) == {"data_time": 0.0, "step_time": 0.0, "seconds": 0}
+
+
+def test_images_and_arithmetic_a_second_are_those_of_the_mean_step(clock: Clock) -> None:
+    pace = pace_of()
+    run(pace, clock, 1, data=0, compute=1)
+    assert "images_per_second" not in pace.report(True)  # nothing was timed yet
+    run(pace, clock, 3, data=0.5, compute=1.5)
+    plain = pace.report(adversarial=False)
+    assert plain["images_per_second"] == 64 / 2.0
+    assert plain["tflops"] == pytest.approx(3e-3 * 32 / 2.0)  # of each of the two devices
+    run(pace, clock, 1, data=0, compute=4)
+    assert pace.report(adversarial=True)["tflops"] == pytest.approx(5e-3 * 32 / 4.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
 
 
 @pytest.mark.parametrize(("backend", "remedy"), [("folder", "make-beton"), ("ffcv", "raise data.workers (now 3)")])
 def test_the_warning_comes_once_and_says_what_to_change(clock: Clock, backend: str, remedy: str) -> None:
-    pace, config = Pace(), DataConfig(workers=3)
+    pace = pace_of(backend, workers=3)
     run(pace, clock, 1 + ENOUGH_STEPS, data=1, compute=3)
-    warning = pace.warning(config, backend)
+    warning = pace.warning()
     assert warning is not None and "25% of a step's time" in warning and remedy in warning
     assert ("make-beton" in warning) == (backend != "ffcv")
-    assert pace.warning(config, backend) is None
+    assert pace.warning() is None
 
 
 def test_no_warning_where_steps_hardly_wait_or_were_too_few(clock: Clock) -> None:
-    pace = Pace()
+    pace = pace_of()
     run(pace, clock, 100, data=1, compute=12)
-    assert pace.warning(DataConfig(), "folder") is None
-    pace.report()
+    assert pace.warning() is None
+    pace.report(False)
     run(pace, clock, ENOUGH_STEPS - 1, data=1, compute=0)
-    assert pace.warning(DataConfig(), "folder") is None
+    assert pace.warning() is None
 
 
 def test_the_time_left_counts_steps_and_validations(clock: Clock) -> None:
-    pace, plan = Pace(), make_plan(config(discriminator=None), num_images=8, num_processes=1)  # 100 steps
+    pace, plan = pace_of(), make_plan(config(discriminator=None), num_images=8, num_processes=1)  # 100 steps
     assert pace.time_left(plan, 10, step_time=0) == ""  # nothing was measured yet
     assert pace.time_left(plan, 10, step_time=2) == "3 min 00 s left"
     with pace.validation():
@@ -82,8 +121,8 @@ def test_the_time_left_counts_steps_and_validations(clock: Clock) -> None:
 
 def test_the_time_left_is_a_lower_bound_until_the_discriminator_has_taken_part(clock: Clock) -> None:
     plan = make_plan(config(discriminator={"start": "40 steps"}), num_images=8, num_processes=1)
-    assert Pace().time_left(plan, 40, step_time=1) == "more than 1 min 00 s left"
-    assert Pace().time_left(plan, 41, step_time=1) == "59 s left"
+    assert pace_of().time_left(plan, 40, step_time=1) == "more than 1 min 00 s left"
+    assert pace_of().time_left(plan, 41, step_time=1) == "59 s left"
 
 
 def config(discriminator: dict[str, str] | None) -> Config:

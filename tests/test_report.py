@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import metrics, stop_at_step
+from runs import metrics, train_until
 from tiny import DISCRIMINATOR, SIZE, SPLITS, tiny_config, write_images
 
 from vqgan_accel.cli import main
@@ -85,12 +85,11 @@ def test_a_start_is_recorded_with_its_machine_and_versions(three: dict[str, Path
     assert start["validation_images"].startswith("3 images, names ")
 
 
-def test_the_clock_is_kept_apart_and_cut_with_the_metrics_where_a_run_is_resumed(tmp_path, monkeypatch) -> None:
+def test_the_clock_is_kept_apart_and_cut_with_the_metrics_where_a_run_is_resumed(tmp_path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "log_every": 1, "checkpoint_every": "2 steps"}
     config = tiny_config(tmp_path, training=settings)
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterruptedError):
-        stop_at_step(patch, 3)
-        train(config)
+    with pytest.raises(TrainingInterruptedError):
+        train_until(config, 3)
     run = tmp_path / "run"
     assert not (run / "report.html").exists()  # there may be seconds left
     shutil.rmtree(run / "checkpoints" / "step_00000003")  # as if it had been killed in that step

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqgan_accel.training.schedules import cosine, learning_rate
+from vqgan_accel.schedules import cosine, learning_rate
 
 VALUES = st.floats(1e-6, 10)
 STEPS = st.integers(1, 10_000)

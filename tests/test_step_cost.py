@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vqgan_accel.config import Config, DiscriminatorConfig, LossConfig
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import step_flops
+from one_round import Game
 from step_flops import CASES, Case
 
 
@@ -82,7 +82,7 @@ def test_the_discriminators_graph_is_gone_when_the_tokenizers_backward_pass_begi
     discriminator = Watched(16, channel_base=128, channel_max=16)
     adversarial, losses = DiscriminatorConfig(), LossConfig(perceptual_weight=0)
     images = torch.rand(4, 3, 16, 16)
-    generator_backward(Accelerator(cpu=True), tokenizer, None, discriminator, images, None, losses, adversarial)
+    Game(Accelerator(cpu=True), tokenizer, losses, None, discriminator, adversarial).first_half(images)
     assert len(kept) > 20 and alive == [0]
 
 
@@ -105,7 +105,7 @@ def test_no_value_is_asked_for_in_a_step(quantizer: str, tmp_path: Path) -> None
         images = torch.zeros(4, 3, 16, 16)
     losses = LossConfig(perceptual_weight=0)
     accelerator = Accelerator(cpu=True)
-    step = generator_backward(accelerator, tokenizer, None, discriminator, images, None, losses, adversarial)
-    assert step.fake_logits is not None
-    parts = discriminator_backward(accelerator, discriminator, images, step.fake_logits, adversarial, with_r1=True)
+    game = Game(accelerator, tokenizer, losses, None, discriminator, adversarial, with_r1=True)
+    step = game.first_half(images)
+    parts = game.second_half(images, step)
     assert all(value.device.type == "meta" for value in (step.losses | parts).values())

@@ -14,7 +14,6 @@ from helpers import TAMING, tiny_tokenizer
 from torch import Tensor
 
 from vqgan_accel.config import (
-    Duration,
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
     GumbelQuantizerConfig,
@@ -23,6 +22,7 @@ from vqgan_accel.config import (
 )
 from vqgan_accel.models.quantizers import EMAQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.sections import Duration
 
 SIZE = {"num_codes": 16, "embedding_dim": 8}
 QUANTIZERS: dict[str, QuantizerConfig] = {

@@ -21,14 +21,17 @@ from helpers import TAMING, spread_codebook
 from ranks import Rank, run_ranks
 from safetensors.torch import save_file
 from tiny import DISCRIMINATOR, merged, tiny_config, write_images
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqgan_accel.config import save_config
 from vqgan_accel.models.discriminators import stylegan2
 from vqgan_accel.models.quantizers import EMAQuantizer
-from vqgan_accel.training import loop, setup
-from vqgan_accel.training.checkpoint import TrainingState
+from vqgan_accel.models.tokenizer import TokenizerOutput
+from vqgan_accel.training import loop
+from vqgan_accel.training import networks as training_networks
+from vqgan_accel.training.networks import Networks
+from vqgan_accel.training.setup import Run
 
 STEPS, BATCH, IMAGES = 20, 8, 40  # 5 steps an epoch
 R1_EVERY, START = 3, 2  # adversarial steps from step 2 on, R1 on 2, 5, 8, ...
@@ -59,6 +62,8 @@ CASES = [
     *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
     *(Case("ema", "adaptive", "sgd", processes, 2, "taming") for processes in (1, 2)),
 ]
+# An epsilon as large as gradients are keeps AdamW from making steps of their rounding, and lets clipping show.
+ADAMW = {"base_lr": 1e-3, "betas": [0.8, 0.95], "eps": 1e-3, "weight_decay": 5.0, "max_grad_norm": 0.2}
 CHANGED_AT = 12  # steps
 CHANGES = [
     (Case(q, "adaptive", "adamw", processes, 1), Case(q, "adaptive", "adamw", 3 - processes, 1))
@@ -80,7 +85,7 @@ def settings(case: Case) -> dict[str, Any]:
             "lr_decay": f"{STEPS} steps",
             "total_batch_size": BATCH,
             "gradient_accumulation_steps": case.rounds,
-            "base_lr": 0.02 if case.optimizer == "sgd" else 1e-4,
+            **(ADAMW if case.optimizer == "adamw" else {"base_lr": 0.02}),
             "lr_scaling": "none",
             "ema_decay": 0.9,
             "log_every": 1,
@@ -110,61 +115,67 @@ def record(me: Rank, case: Case, folder: Path) -> None:
         return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=lr)
 
     if case.optimizer == "sgd":
-        setup.AdamW = sgd  # type: ignore[assignment, misc]
+        training_networks.AdamW = sgd  # type: ignore[assignment, misc]
     stylegan2.leaky_relu = smooth_leaky_relu
 
-    original_set_up, original_clip = loop.set_up, loop.clip
-    original_backward, original_save = loop.generator_backward, loop.save
+    def watch(run: Run) -> None:
+        if run.progress.step == 0:  # codes as far apart as latents: no ties that rounding decides
+            spread_codebook(run.networks.tokenizer.network.quantizer)
+        initial.update({name: value.clone() for name, value in network_tensors(run.networks).items()})
+        assert run.accelerator.num_processes == case.processes == (dist.get_world_size() if case.processes > 1 else 1)
+        for learner in run.networks.learners:
+            assert isinstance(learner.wrapped, DistributedDataParallel) == (case.processes > 1)
+            if isinstance(learner.wrapped, DistributedDataParallel):
+                learner.wrapped.register_comm_hook(wire[learner.name], count_bytes)
+        run.networks.tokenizer.wrapped.register_forward_hook(keep)
 
-    def set_up(*arguments: Any) -> setup.Setup:
-        made = original_set_up(*arguments)
-        if made.state.progress.step == 0:  # codes as far apart as latents: no ties that rounding decides
-            spread_codebook(made.state.tokenizer.quantizer)
-        initial.update({name: value.clone() for name, value in network_tensors(made.state).items()})
-        assert made.accelerator.num_processes == case.processes == (dist.get_world_size() if case.processes > 1 else 1)
-        for name, network in (("tokenizer", made.tokenizer), ("discriminator", made.discriminator)):
-            assert isinstance(network, DistributedDataParallel) == (case.processes > 1)
-            if isinstance(network, DistributedDataParallel):
-                network.register_comm_hook(wire[name], count_bytes)
-        return made
+    def keep(module: nn.Module, inputs: Any, output: TokenizerOutput) -> None:
+        seen["images"].append(inputs[0].clone())
+        seen["codes"].append(output.quantizer.codes)
 
-    def generator_backward(*arguments: Any) -> Any:
-        result = original_backward(*arguments)
-        seen["images"].append(arguments[4].clone())
-        seen["codes"].append(result.codes)
-        return result
-
-    def clip(*arguments: Any) -> Tensor:
+    def count_steps() -> None:
         for counts in wire.values():
             counts.extend([0] * (len(seen["images"]) // case.rounds - len(counts)))  # steps without a reduction
-        return original_clip(*arguments)
 
-    def save(made: setup.Setup, extra: int = 0) -> None:
-        original_save(made, extra)
-        if made.state.progress.step < STEPS:
-            return
-        state = made.state
-        assert state.averaged_tokenizer is not None and state.discriminator is not None
-        tensors = {name: torch.stack(values) for name, values in seen.items()} | network_tensors(state)
+    def finish(run: Run) -> None:
+        networks = run.networks
+        assert networks.average is not None
+        tensors = {name: torch.stack(values) for name, values in seen.items()} | network_tensors(networks)
         tensors |= {f"initial.{name}": value for name, value in initial.items()}
-        tensors |= {f"average.{name}": value for name, value in state.averaged_tokenizer.state_dict().items()}
-        if isinstance(state.tokenizer.quantizer, EMAQuantizer):
-            tensors["codebook"] = state.tokenizer.quantizer.codebook_vectors()
-        tensors["usage"] = state.code_counts
+        tensors |= {f"average.{name}": value for name, value in networks.average.tokenizer.state_dict().items()}
+        if isinstance(networks.tokenizer.network.quantizer, EMAQuantizer):
+            tensors["codebook"] = networks.tokenizer.network.quantizer.codebook_vectors()
+        tensors["usage"] = run.usage.counts
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{me.rank}.safetensors")
         sizes = {
-            name: sum(4 * parameter.numel() for parameter in module.parameters())
-            for name, module in (("tokenizer", state.tokenizer), ("discriminator", state.discriminator))
+            learner.name: sum(4 * parameter.numel() for parameter in learner.network.parameters())
+            for learner in networks.learners
         }
         (folder / f"{me.rank}.json").write_text(json.dumps({"wire": wire, "sizes": sizes}))
 
-    loop.set_up, loop.generator_backward, loop.clip, loop.save = set_up, generator_backward, clip, save  # type: ignore[assignment]
+    original_step, original_save = loop.take_step, loop.save
+
+    def take_step(run: Run, *arguments: Any) -> Any:
+        if not initial:
+            watch(run)
+        taken = original_step(run, *arguments)
+        count_steps()
+        return taken
+
+    def save(run: Run, extra: int = 0) -> None:
+        original_save(run, extra)
+        if run.progress.step == STEPS:
+            finish(run)
+
+    loop.take_step, loop.save = take_step, save
 
 
-def network_tensors(state: TrainingState) -> dict[str, Tensor]:
-    assert state.discriminator is not None
-    networks = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}
-    return {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+def network_tensors(networks: Networks) -> dict[str, Tensor]:
+    return {
+        f"{learner.name}.{key}": value
+        for learner in networks.learners
+        for key, value in learner.network.state_dict().items()
+    }
 
 
 def smooth_leaky_relu(x: Tensor) -> Tensor:

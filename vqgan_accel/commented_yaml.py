@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from vqgan_accel.config import Config, Section, literal
+from vqgan_accel.config import Config, literal
+from vqgan_accel.sections import Section
 
 WIDTH = 110  # columns; a longer comment stands above its value
 

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vqgan_accel.config import Config, Duration, TamingConfig
+from vqgan_accel.config import Config, TamingConfig
 from vqgan_accel.data.division import Group, place_of
 from vqgan_accel.data.order import steps_per_epoch
+from vqgan_accel.sections import Duration
 from vqgan_accel.training.measure import Timings
 from vqgan_accel.training.plan import Plan, total_steps_of
 from vqgan_accel.words import duration

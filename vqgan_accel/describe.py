@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqgan_accel.config import Config, LossConfig
-from vqgan_accel.models.networks import build_autoencoder, build_discriminator
-from vqgan_accel.models.quantizers import build_quantizer
+from vqgan_accel.models.build import build_discriminator
 
 # FLOP that the perceptual networks take to compare two images, for each pixel of one of them, at 256 px. (Building them
 # would take longer than all else here. LPIPS of AlexNet and SqueezeNet, which pad less, takes up to a tenth less from
@@ -43,8 +42,8 @@ def describe(config: Config) -> dict[str, Any]:
     """
     codes, summary = config.quantizer, latent_summary(config)
     with torch.device("meta"):
-        quantizer, discriminator = build_quantizer(codes), build_discriminator(config)
-        encoder, decoder = build_autoencoder(config.autoencoder, quantizer.input_channels, codes.embedding_dim)
+        quantizer, discriminator = codes.build(), build_discriminator(config)
+        encoder, decoder = config.autoencoder.build(quantizer.input_channels, codes.embedding_dim)
         image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
         tokens = torch.empty(1, codes.embedding_dim, *summary["latent_grid"])
     parameters = {
@@ -64,6 +63,17 @@ def describe(config: Config) -> dict[str, Any]:
         "parameters": parameters | {"total_trainable": sum(parameters.values())},
         "gflop_per_image": gflop,
     }
+
+
+def step_gflop(gflop: dict[str, float], adversarial: bool) -> float:
+    """GFLOP an image of a training step's forward and backward passes, from `describe`'s `gflop_per_image`; R1, the
+    optimizers and all that is small are left out. benchmarks/step_flops.py counts each of them.
+
+    The tokenizer: forward, back to its inputs, back to its weights. The perceptual network: two images forward, back to
+    one of them. The discriminator: two images forward, back to all weights, and once more to the reconstruction.
+    """
+    plain = 3 * (gflop["encoder"] + gflop["decoder"]) + 1.5 * gflop["perceptual"]
+    return plain + (7 * gflop["discriminator"] if adversarial else 0.0)
 
 
 def perceptual_flop(config: LossConfig, image_size: int) -> float:

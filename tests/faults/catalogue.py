@@ -22,10 +22,18 @@ from vqgan_accel.data.order import epoch_order
 from vqgan_accel.interruption import EXIT_INTERRUPTED, ONE_REQUEST
 from vqgan_accel.run_folder import checkpoints
 from vqgan_accel.training import loop
+from vqgan_accel.training.adversary import Adversary
+from vqgan_accel.training.learner import Learner
 
 IMAGES, BATCH, STEPS = 24, 4, 12  # 6 steps an epoch
 SEED = 5  # of the runs
-STEP_POINTS = ("to_float", "generator_backward", "discriminator_backward", "clip", "global_values")  # of loop
+STEP_POINTS: dict[str, Any] = {  # name of a function -> where the loop finds it
+    "to_float": loop,
+    "tokenizer_backward": loop,
+    "learn": Adversary,
+    "clip": Learner,
+    "global_values": loop,
+}
 SAVE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.scandir", "shutil.rmtree")
 USER_ERROR = 2  # the command line's status after a sentence
 LOST = "another process of this run has stopped"  # what the others of a dead rank say
@@ -88,7 +96,7 @@ def kill_all(number: int = signal.SIGKILL) -> None:
 
 
 def random_step_point(rng: random.Random) -> tuple[str, int, str]:
-    name, call = rng.choice(STEP_POINTS), rng.randint(1, STEPS - 2)  # never in the last step, which ends the run
+    name, call = rng.choice(list(STEP_POINTS)), rng.randint(1, STEPS - 2)  # never in the last step, which ends the run
     return name, call, f"before {name}, call {call}"
 
 
@@ -109,7 +117,7 @@ def kill_one_in_a_step(rng: random.Random) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == victim:
-            at_call(loop, name, call, kill)
+            at_call(STEP_POINTS[name], name, call, kill)
 
     point = f"rank {victim} {point}"
     return Fault("SIGKILL to one rank in a step", point, arm, dies(victim), LOST, overrides=mostly_no_workers(rng))
@@ -120,7 +128,7 @@ def kill_all_in_a_step(rng: random.Random) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == trigger:
-            at_call(loop, name, call, kill_all)
+            at_call(STEP_POINTS[name], name, call, kill_all)
 
     return Fault("SIGKILL to all in a step", f"rank {trigger} {point}", arm, [{-signal.SIGKILL}] * RANKS)
 
@@ -155,7 +163,7 @@ def full_disk(rng: random.Random) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == 0:
-            at_call(loop, "generator_backward", step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+            at_call(loop, "tokenizer_backward", step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
 
     return Fault("full disk", f"files of {limit:,} bytes from step {step}", arm, STOPS, "cannot be written")
 
@@ -165,7 +173,7 @@ def damaged_checkpoint(rng: random.Random, how: str) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == 0:
-            at_call(loop, "generator_backward", step, kill_all)
+            at_call(loop, "tokenizer_backward", step, kill_all)
 
     def damage(run: Path, rng: random.Random) -> str:
         newest = checkpoints(run)[-1]
@@ -205,7 +213,7 @@ def broken_image(rng: random.Random, how: str, on_error: str) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == 0:
-            at_call(loop, "generator_backward", max(1, epoch * 6), lambda: spoil(run))
+            at_call(loop, "tokenizer_backward", max(1, epoch * 6), lambda: spoil(run))
 
     def restore(run: Path, rng: random.Random) -> str:
         os.replace(run.parent / "original.png", file(run))
@@ -236,7 +244,7 @@ def dead_worker(rng: random.Random) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == victim:
-            at_call(loop, name, call, lambda: multiprocessing.active_children()[0].kill())
+            at_call(STEP_POINTS[name], name, call, lambda: multiprocessing.active_children()[0].kill())
 
     return Fault("data worker killed", f"rank {victim} {point}", arm, STOPS, "a data worker died")
 
@@ -262,7 +270,7 @@ def stop_signal(rng: random.Random) -> Fault:
 
     def arm(me: Rank, run: Path) -> None:
         if me.rank == victim:
-            at_call(loop, name, call, lambda: kill_all(number) if everyone else kill(number))
+            at_call(STEP_POINTS[name], name, call, lambda: kill_all(number) if everyone else kill(number))
 
     who = "all" if everyone else f"rank {victim}"
     return Fault(f"{number.name}", f"to {who} {point}", arm, STOPS_IN_ORDER, r"stopped by .* after step \d+ of 12")

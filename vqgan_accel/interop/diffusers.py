@@ -47,7 +47,8 @@ def as_vq_model(tokenizer: ImageTokenizer, source: str) -> VQModel:
             "folder of ImageTokenizer.save_pretrained, carries any tokenizer"
         )
     if not isinstance(tokenizer.quantizer, CodebookQuantizer):
-        raise ValueError(f"{source} has a gumbel quantizer; diffusers' VQModel knows nothing but the nearest code")
+        kind = tokenizer.settings.quantizer_config.type
+        raise ValueError(f"{source} has a {kind} quantizer; diffusers' VQModel knows nothing but the nearest code")
     encoder, decoder = network_options(layout)
     codebook = tokenizer.quantizer.codebook_vectors().detach()
     model = VQModel(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqgan_accel.config import Config, EMAQuantizerConfig, MaskGITConfig, parse_config
 from vqgan_accel.interop.importing import Settings, numbers, read_state_dict, whole_numbers, write_import
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.quantizers.ema import smoothed_counts
 from vqgan_accel.models.weights import fit_state
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vqgan_accel.config import GROUP_NORM_GROUPS, parse_config
 from vqgan_accel.interop.diffusers import CODEBOOK, from_vq_model
 from vqgan_accel.interop.importing import Settings, read_state_dict, write_import
-from vqgan_accel.models.networks import build_tokenizer
+from vqgan_accel.models.build import build_tokenizer
 from vqgan_accel.models.weights import fit_state
 
 # What tells taming's weights from LlamaGen's.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqgan_accel.config import Config, literal, load_config, parse_config
+from vqgan_accel.models.build import layout_differences
 from vqgan_accel.models.finding import find_tokenizer
-from vqgan_accel.models.networks import layout_differences
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
 

@@ -11,16 +11,16 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vqgan_accel.config import AutoencoderField, MaskGITConfig, QuantizerConfig, Section, sentences
+from vqgan_accel.config import AutoencoderField, QuantizerField, sentences
 from vqgan_accel.models.finding import find_tokenizer
-from vqgan_accel.models.networks import build_autoencoder
-from vqgan_accel.models.quantizers import QuantizerOutput, build_quantizer
+from vqgan_accel.models.quantizers import QuantizerOutput
 from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
 from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
+from vqgan_accel.sections import Section
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -40,7 +40,7 @@ class TokenizerConfig(Section):
     """What config.json holds, beside diffusers' own entries."""
 
     autoencoder_config: AutoencoderField
-    quantizer_config: QuantizerConfig = Field(discriminator="type")
+    quantizer_config: QuantizerField
     image_size: int  # pixels it was trained at; other multiples of the stride work too
 
 
@@ -73,10 +73,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
             }
         )
         layout, codes = self.settings.autoencoder_config, self.settings.quantizer_config
-        self.quantizer = build_quantizer(codes)
-        self.encoder, self.decoder = build_autoencoder(layout, self.quantizer.input_channels, codes.embedding_dim)
+        self.quantizer = codes.build()
+        self.encoder, self.decoder = layout.build(self.quantizer.input_channels, codes.embedding_dim)
         mean, std = torch.zeros(3), torch.ones(3)
-        if isinstance(layout, MaskGITConfig) and layout.pixel_statistics == "imagenet":
+        if layout.pixel_statistics == "imagenet":
             mean, std = 2 * torch.tensor(IMAGENET_MEAN) - 1, 2 * torch.tensor(IMAGENET_STD)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
@@ -209,5 +209,5 @@ def _check_folder(folder: Path) -> None:
     try:
         TokenizerConfig.model_validate({key: value for key, value in values.items() if not key.startswith("_")})
     except ValidationError as error:
-        reason = "; ".join(sentences(error).splitlines()[:3])
+        reason = "; ".join(sentences(error, TokenizerConfig).splitlines()[:3])
         raise ValueError(f"{file} is not a tokenizer's config: {reason}") from None

@@ -6,6 +6,7 @@ step_00001000/
   discriminator.safetensors
   optimizers.safetensors  the moments of both optimizers; rates and other settings follow from the config
   stream.json           where each lane of a stream stands, where data.streaming
+  NAME.safetensors      what a further loss of that name keeps
   progress.json         position, counters, results so far, use of the codes in the current epoch
   manifest.json         size and sha256 of every file above
 
@@ -22,131 +23,38 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from vqgan_accel.files import sync, write_json
-from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import DISCRIMINATOR, TOKENIZER, TOKENIZER_EMA, checkpoints, checkpoints_folder, step_name
+from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name
+from vqgan_accel.training.state import Stateful
 
-OPTIMIZERS = "optimizers.safetensors"
 PROGRESS = "progress.json"
-STREAM = "stream.json"
 MANIFEST = "manifest.json"
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of folders on their way in and out
 
 
-@dataclass
-class Progress:
-    step: int = 0  # optimizer steps taken: the position in the data, the schedules and the noise
-    bad_steps: int = 0  # skipped for non-finite values, ever
-    bad_steps_in_a_row: int = 0
-    skipped_images: int = 0  # unreadable ones replaced under data.on_error=skip
-    best: float | None = None  # training.best_metric so far
-    best_step: int | None = None  # the step that had it
-    training_images: str = ""  # fingerprint of the split: in another one the position means other images
+def write_state(state: dict[str, Stateful], folder: Path) -> None:
+    notes: dict[str, Any] = {"averaged_steps": 0}  # which older versions expect without an average, too
+    for part in state.values():
+        part.write(folder, notes)
+    write_json(folder / PROGRESS, notes)
 
 
-@dataclass
-class TrainingState:
-    """Everything that training changes; the networks are unwrapped."""
-
-    tokenizer: ImageTokenizer
-    average: AveragedModel | None
-    discriminator: nn.Module | None
-    optimizers: dict[str, Optimizer]
-    code_counts: Tensor  # (K,) use since the epoch began, over all processes
-    progress: Progress
-    stream: dict[str, Any] = field(default_factory=dict)  # lane -> where it stands, of all processes
-
-    @property
-    def averaged_tokenizer(self) -> ImageTokenizer | None:
-        if self.average is None:
-            return None
-        assert isinstance(self.average.module, ImageTokenizer)
-        return self.average.module
-
-
-def write_state(state: TrainingState, folder: Path) -> None:
-    state.tokenizer.save_pretrained(folder / TOKENIZER)
-    if state.averaged_tokenizer is not None:
-        state.averaged_tokenizer.save_pretrained(folder / TOKENIZER_EMA)
-    if state.discriminator is not None:
-        weights = {name: tensor.contiguous() for name, tensor in state.discriminator.state_dict().items()}
-        save_file(weights, folder / DISCRIMINATOR)
-    save_file(moments(state.optimizers), folder / OPTIMIZERS)
-    averaged = int(state.average.n_averaged) if state.average is not None else 0
-    progress = asdict(state.progress) | {"code_counts": state.code_counts.tolist(), "averaged_steps": averaged}
-    write_json(folder / PROGRESS, progress)
-    if state.stream:
-        write_json(folder / STREAM, state.stream)
-
-
-def read_stream(folder: Path) -> dict[str, Any]:
-    """Empty where the run did not read a stream."""
-    file = folder / STREAM
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def read_state(state: TrainingState, folder: Path) -> None:
+def read_state(state: dict[str, Stateful], folder: Path) -> None:
     """Fill `state` in place. ValueError where the checkpoint is of other networks than the config's."""
     try:
-        state.tokenizer.load_state_dict(load_file(folder / TOKENIZER / SAFETENSORS_WEIGHTS_NAME))
-        if state.averaged_tokenizer is not None:
-            state.averaged_tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / SAFETENSORS_WEIGHTS_NAME))
-        if state.discriminator is not None:
-            state.discriminator.load_state_dict(load_file(folder / DISCRIMINATOR))
-        restore_moments(state.optimizers, load_file(folder / OPTIMIZERS))
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        state.code_counts.copy_(torch.tensor(progress.pop("code_counts")))
+        notes = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        for part in state.values():
+            part.read(folder, notes)
     except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"checkpoint {folder} does not fit this config ({reason}); resume with the config it was trained with"
         ) from None
-    averaged = progress.pop("averaged_steps")
-    if state.average is not None:
-        state.average.n_averaged.fill_(averaged)
-    state.progress = Progress(**progress)
-
-
-def moments(optimizers: dict[str, Optimizer]) -> dict[str, Tensor]:
-    """What the optimizers keep of each parameter, as `name/index/key`."""
-    return {
-        f"{name}/{index}/{key}": value.contiguous()
-        for name, optimizer in optimizers.items()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
-def restore_moments(optimizers: dict[str, Optimizer], saved: dict[str, Tensor]) -> None:
-    """The inverse. KeyError or ValueError where they belong to other networks."""
-    states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in optimizers}
-    for path, value in saved.items():
-        name, index, key = path.split("/")
-        states[name].setdefault(int(index), {})[key] = value
-    for name, optimizer in optimizers.items():
-        settings = optimizer.state_dict()["param_groups"]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not states[name].keys() <= set(range(len(parameters))):
-            raise ValueError(f"{OPTIMIZERS} has {len(states[name])} parameters of the {name}, not {len(parameters)}")
-        for number, state in states[name].items():
-            for key, value in state.items():
-                if value.shape == parameters[number].shape:
-                    # In the parameter's memory layout: fused AdamW pairs numbers by their place in memory, and would
-                    # silently update a channels_last weight with other weights' moments.
-                    state[key] = torch.empty_like(parameters[number]).copy_(value)
-        optimizer.load_state_dict({"state": states[name], "param_groups": settings})
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int, best_step: int | None) -> Path:

@@ -3,7 +3,8 @@ not."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,19 +13,34 @@ from torch.optim import Optimizer
 from vqgan_accel.distributed import num_processes, process_index, sum_over_processes
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
 from vqgan_accel.models.quantizers import CodebookQuantizer, Quantizer, count_codes
+from vqgan_accel.training.state import Stateful
 
 PERTURBATION = 0.01  # of a copied code, in units of the spread of the codes in use
 
 
-class CodebookUsage:
-    """How often each code was used since the epoch began, over all processes."""
+class CodebookUsage(Stateful):
+    """How often each code was used since the epoch began, over all processes, in steps that were not skipped."""
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
         self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)  # (K,)
+        self.new_counts = torch.zeros_like(self.counts)  # of this optimizer step so far, on this process
 
     def add(self, codes: Tensor) -> None:
-        """codes of any shape, this process's share; every rank calls it."""
-        self.counts += sum_over_processes(count_codes(codes, len(self.counts)))
+        """codes of any shape, of one round on this process"""
+        self.new_counts += count_codes(codes, len(self.counts))
+
+    def apply_update(self) -> None:
+        self.counts += sum_over_processes(self.new_counts)
+        self.discard_update()
+
+    def discard_update(self) -> None:
+        self.new_counts.zero_()
+
+    def write(self, folder: Path, notes: dict[str, Any]) -> None:
+        notes["code_counts"] = self.counts.tolist()
+
+    def read(self, folder: Path, notes: dict[str, Any]) -> None:
+        self.counts.copy_(torch.tensor(notes["code_counts"]))
 
     def metrics(self) -> dict[str, float]:
         return {"perplexity": perplexity(self.counts), "codebook_usage": codebook_usage(self.counts)}

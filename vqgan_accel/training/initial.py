@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vqgan_accel.config import Config
-from vqgan_accel.models.networks import layout_differences
+from vqgan_accel.models.build import layout_differences
 from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import fit_state, load_state

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.optim import AdamW
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, DataConfig
 from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import TrainingViews
 from vqgan_accel.losses.perceptual import perceptual_shell
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
-from vqgan_accel.training.steps import discriminator_backward, generator_backward
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
+from vqgan_accel.training.networks import Built, prepare_networks
+from vqgan_accel.training.plan import Phase
+from vqgan_accel.training.round import tokenizer_backward
 
 REPEATS = 5  # of each kind of step, of which the fastest counts: other programs only make them slower
 VIEW_SECONDS = 1.0  # of decoding
@@ -50,41 +51,37 @@ def measure_step(config: Config, batch_size: int) -> Timings | None:
 def _measured(config: Config, batch_size: int) -> Timings:
     accelerator = start_accelerator(config.training.mixed_precision)
     device, d_config, size = accelerator.device, config.discriminator, config.data.image_size
-    model, d_model, perceptual = build_tokenizer(config), build_discriminator(config), perceptual_shell(config)
-    if d_model is not None and device.type == "cpu":  # laid out as training/setup.py does
-        d_model.to(memory_format=torch.channels_last)
-    if perceptual is not None:
-        perceptual.to(memory_format=torch.channels_last).to(device)
-    networks = [network for network in (model, d_model) if network is not None]
-    prepared = [accelerator.prepare(network, AdamW(network.parameters(), lr=1e-6, fused=True)) for network in networks]
-    tokenizer, discriminator = prepared[0][0], prepared[1][0] if d_model is not None else None
+    built = Built(build_tokenizer(config), build_discriminator(config), perceptual_shell(config))
+    networks = prepare_networks(built, config, accelerator)
     images = torch.rand(batch_size, 3, size, size, device=device) * 2 - 1
     seeds = torch.zeros(batch_size, dtype=torch.int64)
 
-    def step(adversarial: bool, with_r1: bool = False) -> None:
-        judged = d_config if adversarial else None
-        generated = generator_backward(
-            accelerator, tokenizer, perceptual, discriminator if judged else None, images, seeds, config.losses, judged
+    def step(phase: Phase, with_r1: bool = False) -> None:
+        adversary = networks.adversary if phase != "absent" else None
+        if adversary is not None:
+            adversary.phase, adversary.with_r1 = phase, with_r1
+        made = tokenizer_backward(
+            accelerator, networks.tokenizer, networks.reconstruction_loss, adversary, images, seeds
         )
-        if judged is not None and discriminator is not None and generated.fake_logits is not None:
-            discriminator_backward(accelerator, discriminator, images, generated.fake_logits, judged, with_r1)
-        for _, optimizer in prepared[: 2 if judged else 1]:
-            optimizer.step()
-            optimizer.zero_grad()
-        model.quantizer.apply_update()
+        if adversary is not None and made.verdict is not None:
+            adversary.learn(images, made.verdict)
+        for learner in networks.learners[: 2 if adversary else 1]:
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+        built.tokenizer.quantizer.apply_update()
 
     def reconstruct() -> None:
         with torch.no_grad():
-            model.eval()(images)
-        model.train()
+            built.tokenizer.eval()(images)
+        built.tokenizer.train()
 
     memory = 0.0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    plain = _seconds(lambda: step(False), device)
-    adversarial = _seconds(lambda: step(True), device) if d_config else plain
-    with_r1 = _seconds(lambda: step(True, True), device) if d_config and d_config.r1_weight else adversarial
+    plain = _seconds(lambda: step("absent"), device)
+    adversarial = _seconds(lambda: step("teaching"), device) if d_config else plain
+    with_r1 = _seconds(lambda: step("teaching", True), device) if d_config and d_config.r1_weight else adversarial
     forward = _seconds(reconstruct, device) / batch_size
     if device.type == "cuda":
         memory = torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory

@@ -7,9 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vqgan_accel.config import Config, GumbelQuantizerConfig, TrainingConfig, batch_scale
+from vqgan_accel.config import Config, TrainingConfig, batch_scale
 from vqgan_accel.data.order import steps_per_epoch
-from vqgan_accel.training.schedules import cosine, learning_rate
+from vqgan_accel.schedules import learning_rate
+from vqgan_accel.sections import Duration, Section
+
+# of the adversarial game: the discriminator is not there yet; it learns alone; it teaches the tokenizer, too
+Phase = Literal["absent", "alone", "teaching"]
 
 
 @dataclass(frozen=True)
@@ -41,35 +45,37 @@ class Plan:
         final = self.learning_rate * self.config.training.lr_final_ratio
         return learning_rate(step, self.learning_rate, final, self.warmup_steps, self.decay_steps)
 
-    def gumbel_at(self, step: int, config: GumbelQuantizerConfig) -> tuple[float, float]:
-        """(temperature, kl_cost) of a step."""
-        decay, warmup = (d.steps(self.steps_per_epoch) for d in (config.temperature_decay, config.kl_warmup))
-        temperature = cosine(step, config.temperature_start, config.temperature_end, decay)
-        return temperature, cosine(step, 0.0, config.kl_cost, warmup)
+    def quantizer_at(self, step: int) -> dict[str, float]:
+        """What of the quantizer follows a schedule: attribute -> its value."""
+        return self.config.quantizer.at_step(step, self.steps_per_epoch)
 
-    def adversarial_at(self, step: int) -> bool:
-        """Whether the discriminator learns."""
-        return self.discriminator_start is not None and step >= self.discriminator_start
-
-    def reaches_tokenizer_at(self, step: int) -> bool:
-        """Whether the tokenizer learns from it."""
-        return self.discriminator_start is not None and step >= self.discriminator_start + self.discriminator_warmup
+    def phase_at(self, step: int) -> Phase:
+        if self.discriminator_start is None or step < self.discriminator_start:
+            return "absent"
+        return "alone" if step < self.discriminator_start + self.discriminator_warmup else "teaching"
 
     def r1_at(self, step: int) -> bool:
         """R1 is applied on the first adversarial step and every r1_every-th after it."""
-        discriminator = self.config.discriminator
-        if discriminator is None or self.discriminator_start is None or discriminator.r1_weight == 0:
+        discriminator, start = self.config.discriminator, self.discriminator_start
+        if discriminator is None or start is None or discriminator.r1_weight == 0:
             return False
-        return step >= self.discriminator_start and (step - self.discriminator_start) % discriminator.r1_every == 0
+        return step >= start and (step - start) % discriminator.r1_every == 0
+
+    def validates_at(self, step: int) -> bool:
+        """Whether the tokenizer is validated after `step` steps."""
+        return step == self.total_steps or step % self.validate_every == 0
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step == self.total_steps or step % self.checkpoint_every == 0
 
     def reinit_at(self, step: int) -> Literal["latents", "used_codes"] | None:
         """What replaces the unused codes at the end of this step; None where they stay."""
-        quantizer = self.config.quantizer
-        if isinstance(quantizer, GumbelQuantizerConfig) or quantizer.reinit_every_epochs is None:
+        reinit = self.config.quantizer.reinit
+        if reinit is None:
             return None
         assert self.steps_per_epoch is not None  # make_plan has seen to it
-        due = (step + 1) % (quantizer.reinit_every_epochs * self.steps_per_epoch) == 0
-        return quantizer.reinit_from if due else None
+        return reinit.source if (step + 1) % (reinit.every_epochs * self.steps_per_epoch) == 0 else None
 
 
 def make_plan(config: Config, num_images: int | None, num_processes: int) -> Plan:
@@ -79,16 +85,15 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
     if total % (rounds * num_processes):
         raise ValueError(
             f"training.total_batch_size {total} is not divisible by gradient_accumulation_steps {rounds} x "
-            f"{num_processes} "
-            "processes; the nearest that is: "
+            f"{num_processes} processes; the nearest that is: "
             f"{max(1, round(total / (rounds * num_processes))) * rounds * num_processes}"
         )
     batch_size = total // (rounds * num_processes)
-    if config.discriminator and batch_size % config.discriminator.minibatch_stddev_group:
+    key, group = config.discriminator.group if config.discriminator else ("", 1)
+    if batch_size % group:
         raise ValueError(
             f"{batch_size} images per process and round (training.total_batch_size {total} / {rounds} rounds / "
-            f"{num_processes} processes) cannot be split into discriminator.minibatch_stddev_group "
-            f"{config.discriminator.minibatch_stddev_group}; make them a multiple of it"
+            f"{num_processes} processes) cannot be split into discriminator.{key} {group}; make them a multiple of it"
         )
     if num_images is None:
         require_steps(config)
@@ -131,28 +136,21 @@ def total_steps_of(training: TrainingConfig, epoch: int | None) -> int:
 
 def require_steps(config: Config) -> None:
     """ValueError, naming every key, where something is given in epochs of a data set whose length nobody knows."""
-    training, quantizer = config.training, config.quantizer
-    lengths = {
-        "training.lr_warmup": training.lr_warmup,
-        "training.lr_decay": training.lr_decay,
-        "training.validate_every": training.validate_every,
-        "training.checkpoint_every": training.checkpoint_every,
-        "discriminator.start": config.discriminator.start if config.discriminator else None,
-        "discriminator.warmup": config.discriminator.warmup if config.discriminator else None,
-    }
-    if isinstance(quantizer, GumbelQuantizerConfig):
-        lengths |= {
-            "quantizer.temperature_decay": quantizer.temperature_decay,
-            "quantizer.kl_warmup": quantizer.kl_warmup,
-        }
-    given = {key: str(length) for key, length in lengths.items() if length and length.unit == "epochs" and length.value}
-    if training.max_epochs is not None:
-        given["training.max_epochs"] = f"{training.max_epochs:g}"
-    if not isinstance(quantizer, GumbelQuantizerConfig) and quantizer.reinit_every_epochs is not None:
-        given["quantizer.reinit_every_epochs"] = str(quantizer.reinit_every_epochs)
-    if given or training.max_steps is None:
+    given = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in in_epochs(config).items()}
+    if given or config.training.max_steps is None:
         listed = ", ".join(f"{key} is {value}" for key, value in given.items())
         raise ValueError(
             "the length of the streamed data set is not known, so nothing can be counted in epochs; give "
             f"training.max_steps and every duration in steps ({listed}), or set data.streaming=false"
         )
+
+
+def in_epochs(config: Config) -> dict[str, Duration | float]:
+    """Key -> value of everything that is given in epochs: durations, and what is called `..._epochs`."""
+    found: dict[str, Duration | float] = {}
+    for section_name, section in config:
+        for name, value in section if isinstance(section, Section) else ():
+            counted = value.value if isinstance(value, Duration) and value.unit == "epochs" else None
+            if counted or (name.endswith("_epochs") and value is not None):
+                found[f"{section_name}.{name}"] = value
+    return found

@@ -15,8 +15,8 @@ from vqgan_accel import __version__
 from vqgan_accel.config import Config, flat_config, load_config, save_config
 from vqgan_accel.files import append_line
 from vqgan_accel.run_folder import CLOCK, CONFIG, METRICS, STARTS, VALIDATION, WANDB_ID, pictures
-from vqgan_accel.training.checkpoint import Progress
 from vqgan_accel.training.plan import Plan
+from vqgan_accel.training.state import Progress
 
 PACKAGES = ("torchvision", "accelerate", "diffusers", "torchmetrics")  # beside torch
 

@@ -1,22 +1,20 @@
-"""Everything that a run needs before its first step, decided, checked and built in one place."""
+"""From a config to a run that is ready for its next step, in acts that each decide one thing.
+
+Until `claim_folder` nothing has been written, and everything that a config can ask for in vain has been refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, batch_scale
+from vqgan_accel.config import Config
 from vqgan_accel.data.content import require_content
 from vqgan_accel.data.opening import (
     backend_of,
@@ -31,51 +29,114 @@ from vqgan_accel.data.opening import (
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import Batch
-from vqgan_accel.describe import describe, description_lines
+from vqgan_accel.describe import describe, step_gflop
 from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import lock
-from vqgan_accel.losses.perceptual import build_perceptual
-from vqgan_accel.models.networks import build_discriminator, build_tokenizer
-from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
 from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
-from vqgan_accel.training.checkpoint import Progress, TrainingState, latest_intact, point_links, read_state, read_stream
+from vqgan_accel.training.banner import show_banner
+from vqgan_accel.training.checkpoint import latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
-from vqgan_accel.training.initial import begin_with
+from vqgan_accel.training.networks import Networks, build_networks, prepare_networks, settle_buckets
+from vqgan_accel.training.pace import Pace, Work
 from vqgan_accel.training.plan import Plan, make_plan
 from vqgan_accel.training.record import changes_since_the_beginning, record_config, record_start
+from vqgan_accel.training.state import Progress, Stateful, StreamPosition, read_stream
 from vqgan_accel.training.tracking import Tracking, check_trackers
+from vqgan_accel.training.validation import Validation
 
 if TYPE_CHECKING:
     from vqgan_accel.data.lanes import StreamOrder
+    from vqgan_accel.data.stream import StreamSource
 
-LARGEST_SCALE = 4.0  # of the learning rate by the batch size, or its inverse, without a remark
 # config keys that decide which tensors a checkpoint holds
 SHAPING = ("autoencoder.", "quantizer.", "discriminator.", "data.image_size", "training.ema_decay", "training.decoder")
 HELD_PATIENCE = 120.0  # seconds for a former self to end: launch/slurm.sh gives it 60, an NFS lock of a dead machine 90
 
 
-@dataclass
-class Setup:
+@dataclass(frozen=True)
+class Ground:
+    """What a run stands on: its processes, its images, its place on the disk."""
+
+    config: Config
     accelerator: Accelerator
     plan: Plan
-    run: Path
-    held: ExitStack  # the run folder's lock, on the main process
-    tokenizer: nn.Module  # as prepared: under DDP, wrapped
-    discriminator: nn.Module | None
-    perceptual: nn.Module | None
-    state: TrainingState  # the unwrapped networks and all else that a checkpoint holds
+    folder: Path
+    checkpoint: Path | None  # that it goes on from
+    training_source: ImageSource | StreamSource
+    validation_source: ImageSource | StreamSource
+    training_images: str  # the split's fingerprint
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    config: Config
+    accelerator: Accelerator
+    plan: Plan
+    folder: Path
+    networks: Networks
+    batches: Generator[Batch, None, None]  # from the next step to the last; closing it ends its workers
+    validation: Validation
     usage: CodebookUsage
-    order: TrainingOrder | StreamOrder
-    batches: Generator[Batch, None, None]  # from the resumed step to the last; closing it ends its workers
-    validation_batches: Iterable[Batch]
-    metrics: Metrics
+    progress: Progress
+    state: dict[str, Stateful]  # everything that a checkpoint holds
     tracking: Tracking
-    validation_protocol: dict[str, Any] | None = None  # known from the first validation on
+    pace: Pace
 
 
-def set_up(config: Config, resume: bool) -> Setup:
-    """Raises ValueError or FileNotFoundError for whatever cannot be trained, before anything is written."""
+@contextmanager
+def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
+    """While it is open the folder is this process's own. Every process calls it.
+
+    Raises ValueError or FileNotFoundError for whatever cannot be trained, before anything is written.
+    """
+    with ExitStack() as held:
+        run = set_up(config, resume, held)
+        # the bar ends its line and the data workers end before an error is told
+        with run.tracking.bar, closing(run.batches):
+            yield run
+
+
+def set_up(config: Config, resume: bool, held: ExitStack) -> Run:
+    ground = take_ground(config, resume, held)
+    accelerator, plan = ground.accelerator, ground.plan
+    order = open_order(ground)
+    built = build_networks(config, ground.checkpoint is None, accelerator.print)
+    validation = open_validation(ground)
+    require_expected_content(ground)
+    decided_by_main(lambda: claim_folder(ground.folder, held, ground.checkpoint is not None))
+
+    networks = prepare_networks(built, config, accelerator)
+    settle_buckets(networks, accelerator, plan.batch_size, config.data.image_size)
+    usage = CodebookUsage(config.quantizer.num_codes, accelerator.device)
+    progress = Progress()
+    stream = StreamPosition(order.states_at, progress)
+    state = {"progress": progress, "usage": usage, **networks.state(), "stream": stream}
+    if ground.checkpoint is not None:
+        go_on_from(ground.checkpoint, state, progress, ground)
+    progress.training_images = ground.training_images
+    summary = describe(config)
+    announce(ground, progress, summary)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        plan=plan,
+        folder=ground.folder,
+        networks=networks,
+        batches=iter(training_loader(ground.training_source, config.data, order, pinned(accelerator))),
+        validation=validation,
+        usage=usage,
+        progress=progress,
+        state=state,
+        tracking=Tracking(accelerator, config, ground.folder, progress.step, plan.total_steps),
+        pace=Pace(accelerator.device, work_of(summary, plan), config.data, backend_of(config.data)),
+    )
+
+
+def take_ground(config: Config, resume: bool, held: ExitStack) -> Ground:
+    """Processes, images, plan; the lock of a folder that is there already, and the checkpoint to go on from."""
     check_trackers(config.tracking)
     accelerator = start_accelerator(
         mixed_precision=config.training.mixed_precision,
@@ -83,7 +144,6 @@ def set_up(config: Config, resume: bool) -> Setup:
         trackers=config.tracking.trackers,
         folder=config.output_dir,
     )
-    device = accelerator.device
     require_reader(config.data)
     require_apart(Path(config.output_dir), config.data, "output_dir")
     training_source = open_source(config.data, "train")
@@ -95,125 +155,97 @@ def set_up(config: Config, resume: bool) -> Setup:
             "must lead to the same ones on every machine"
         )
     plan = make_plan(config, count_images(training_source), accelerator.num_processes)
-    run, held = Path(config.output_dir), ExitStack()
-    decided_by_main(lambda: lock_run_folder(run, held, resume))
+    folder = Path(config.output_dir)
+    decided_by_main(lambda: lock_run_folder(folder, held, resume))
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(plan, resume, accelerator.print))
+    return Ground(config, accelerator, plan, folder, checkpoint, training_source, validation_source, images)
 
-    order = training_order(
-        training_source,
+
+def open_order(ground: Ground) -> TrainingOrder | StreamOrder:
+    """Which images come when, from the checkpoint's step on. ValueError where there are too few."""
+    config, plan, checkpoint = ground.config, ground.plan, ground.checkpoint
+    return training_order(
+        ground.training_source,
         config.data,
         read_stream(checkpoint) if checkpoint else None,
         seed=config.seed,
         total_batch_size=config.training.total_batch_size,
         num_rounds=plan.rounds,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        process_index=ground.accelerator.process_index,
+        num_processes=plan.num_processes,
         start_step=step_of(checkpoint) if checkpoint else 0,
         total_steps=plan.total_steps,
     )
 
-    set_seed(config.seed)  # for the initial weights; every later draw is a function of position
-    model, d_model = build_tokenizer(config), build_discriminator(config)
-    if config.training.init_from is not None and checkpoint is None:
-        for line in begin_with(config.training.init_from, config, model, d_model):
-            accelerator.print(line)
-    if config.training.decoder_only:
-        model.encoder.requires_grad_(False)
-        model.quantizer.requires_grad_(False)
-    perceptual = build_perceptual(config.losses, config.weights)
-    # The tokenizer stays as it is, for GroupNorm is slow in this layout (docs/performance.md), and so does D on a GPU,
-    # where its blur is slow in it (docs/gpu).
-    for network in (d_model if device.type == "cpu" else None, perceptual):
-        if network is not None:
-            network.to(memory_format=torch.channels_last)
-    metrics = Metrics(
-        config.training.validation_metrics, config.quantizer.num_codes, config.evaluation, config.weights, device
-    )
-    if (number := count_images(validation_source)) is not None:
+
+def open_validation(ground: Ground) -> Validation:
+    """ValueError or FileNotFoundError where a metric's network is missing, or there are too few images for one."""
+    config, accelerator, source = ground.config, ground.accelerator, ground.validation_source
+    settings, device = config.evaluation, accelerator.device
+    metrics = Metrics(config.training.validation_metrics, config.quantizer.num_codes, settings, config.weights, device)
+    if (number := count_images(source)) is not None:
         metrics.require(number)
-    if config.data.expected_hash is not None:  # after all that is refused without reading every image
-        assert isinstance(training_source, ImageSource)  # the config refuses it for streams
-        require_content(training_source, config.data.workers, config.data.expected_hash)
-    decided_by_main(lambda: open_run_folder(run, held, resuming=checkpoint is not None))
-
-    average = None
-    if config.training.ema_decay is not None:
-        average = AveragedModel(model, device, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay))
-    if config.training.compile:  # in place: names in checkpoints stay, and the average, made above, is not compiled
-        for network in (model.encoder, model.decoder, perceptual):
-            if network is not None:
-                network.compile()
-    optimizers: dict[str, Optimizer] = {}
-    tokenizer, optimizers["tokenizer"] = accelerator.prepare(model, AdamW(decay_groups(model, plan), **adamw(plan)))
-    discriminator = None
-    if d_model is not None:
-        d_groups = [{"params": list(d_model.parameters()), "weight_decay": config.training.weight_decay}]
-        discriminator, optimizers["discriminator"] = accelerator.prepare(d_model, AdamW(d_groups, **adamw(plan)))
-    if perceptual is not None:
-        perceptual.to(device)
-
-    if accelerator.num_processes > 1:
-        settle_buckets(accelerator, plan, tokenizer, discriminator)
-
-    usage = CodebookUsage(config.quantizer.num_codes, device)
-    state = TrainingState(model, average, d_model, optimizers, usage.counts, Progress())
-    if checkpoint is not None:
-        fill(state, checkpoint, run, config)
-        decided_by_main(lambda: point_links(run, state.progress.step, state.progress.best_step))
-        if state.progress.training_images != images:
-            accelerator.print(
-                f"the training images are not those that the run began with ({images}; before: "
-                f"{state.progress.training_images}): from here on their order is another"
-            )
-    state.progress.training_images = images
-    decided_by_main(lambda: record_config(run, config, resuming=checkpoint is not None))
-    validation_images = validation_source.fingerprint()
-    decided_by_main(lambda: record_start(accelerator, plan, state.progress, validation_images))
-    show_banner(accelerator, plan, state.progress.step, checkpoint)
-
-    pin_memory = device.type == "cuda"
-    return Setup(
-        accelerator=accelerator,
-        plan=plan,
-        run=run,
-        held=held,
-        tokenizer=tokenizer,
-        discriminator=discriminator,
-        perceptual=perceptual,
-        state=state,
-        usage=usage,
-        order=order,
-        batches=iter(training_loader(training_source, config.data, order, pin_memory)),
-        validation_batches=evaluation_loader(
-            validation_source,
-            config.data,
-            config.evaluation.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            pin_memory,
-        ),
-        metrics=metrics,
-        tracking=Tracking(accelerator, config, run, state.progress.step, plan.total_steps),
+    batches = evaluation_loader(
+        source,
+        config.data,
+        settings.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        pinned(accelerator),
     )
+    return Validation(config, batches, metrics, device)
 
 
-def settle_buckets(accelerator: Accelerator, plan: Plan, tokenizer: nn.Module, discriminator: nn.Module | None) -> None:
-    """One backward pass of each network for nothing, before a checkpoint is read.
+def require_expected_content(ground: Ground) -> None:
+    """After all that is refused without reading every image."""
+    data = ground.config.data
+    if data.expected_hash is not None:
+        assert isinstance(ground.training_source, ImageSource)  # the config refuses it for streams
+        require_content(ground.training_source, data.workers, data.expected_hash)
 
-    DDP lays its buckets out anew after its first reduction, and from three processes on the layout decides in which
-    order a gradient's parts are added. In a resumed run the first step's sums would be other ones, in their last bit.
-    """
-    size = plan.config.data.image_size
-    images = torch.zeros(plan.batch_size, 3, size, size, device=accelerator.device)
-    seeds = torch.zeros(plan.batch_size, dtype=torch.int64)
-    output: TokenizerOutput = tokenizer(images, seeds)
-    accelerator.backward((output.reconstruction.sum() + output.quantizer.loss) * 0)
-    accelerator.unwrap_model(tokenizer).quantizer.discard_update()
-    if discriminator is not None:
-        accelerator.backward(discriminator(images).sum() * 0)
-    for network in (tokenizer, discriminator):
-        if network is not None:
-            network.zero_grad()
+
+def go_on_from(checkpoint: Path, state: dict[str, Stateful], progress: Progress, ground: Ground) -> None:
+    """Read the checkpoint into the networks and all else. ValueError, naming what has changed, if it does not fit."""
+    try:
+        read_state(state, checkpoint)
+    except ValueError as error:
+        changes = [
+            change for change in changes_since_the_beginning(ground.folder, ground.config) if change.startswith(SHAPING)
+        ]
+        if not changes:
+            raise
+        raise ValueError(
+            f"checkpoint {checkpoint} does not fit this config, in which this is not as it was when the run began: "
+            f"{'; '.join(changes)}; resume with the config it was trained with, or give another output_dir"
+        ) from error
+    decided_by_main(lambda: point_links(ground.folder, progress.step, progress.best_step))
+    if progress.training_images != ground.training_images:
+        ground.accelerator.print(
+            f"the training images are not those that the run began with ({ground.training_images}; before: "
+            f"{progress.training_images}): from here on their order is another"
+        )
+
+
+def announce(ground: Ground, progress: Progress, summary: dict[str, Any]) -> None:
+    """Keep in the folder what begins here, and show it."""
+    accelerator, plan, checkpoint = ground.accelerator, ground.plan, ground.checkpoint
+    decided_by_main(lambda: record_config(ground.folder, ground.config, resuming=checkpoint is not None))
+    validation_images = ground.validation_source.fingerprint()
+    decided_by_main(lambda: record_start(accelerator, plan, progress, validation_images))
+    if accelerator.is_main_process:
+        show_banner(accelerator, plan, progress.step, checkpoint, summary)
+
+
+def work_of(summary: dict[str, Any], plan: Plan) -> Work:
+    """From what `describe` says."""
+    gflop = summary["gflop_per_image"]
+    each = [step_gflop(gflop, adversarial) for adversarial in (False, True)]
+    return Work(plan.config.training.total_batch_size, plan.num_processes, *each)
+
+
+def pinned(accelerator: Accelerator) -> bool:
+    """Whether batches are made ready for a copy to a GPU."""
+    return accelerator.device.type == "cuda"
 
 
 def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -> Path | None:
@@ -248,7 +280,7 @@ def lock_run_folder(run: Path, held: ExitStack, resume: bool) -> None:
         held.enter_context(lock(run, patience=HELD_PATIENCE if resume else 0.0))
 
 
-def open_run_folder(run: Path, held: ExitStack, resuming: bool) -> None:
+def claim_folder(run: Path, held: ExitStack, resuming: bool) -> None:
     """Create and lock it, where that is still to be done. One process calls it."""
     try:
         checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
@@ -257,101 +289,3 @@ def open_run_folder(run: Path, held: ExitStack, resuming: bool) -> None:
     held.enter_context(lock(run))
     if not resuming and checkpoints(run):
         raise ValueError(f"another process has trained in {run} meanwhile; add --resume to go on with its run")
-
-
-def fill(state: TrainingState, checkpoint: Path, run: Path, config: Config) -> None:
-    """Read the checkpoint into the networks and all else. ValueError, naming what has changed, if it does not fit."""
-    try:
-        read_state(state, checkpoint)
-    except ValueError as error:
-        changes = [change for change in changes_since_the_beginning(run, config) if change.startswith(SHAPING)]
-        if not changes:
-            raise
-        raise ValueError(
-            f"checkpoint {checkpoint} does not fit this config, in which this is not as it was when the run began: "
-            f"{'; '.join(changes)}; resume with the config it was trained with, or give another output_dir"
-        ) from error
-
-
-def adamw(plan: Plan) -> dict[str, Any]:
-    training = plan.config.training
-    return {"lr": plan.learning_rate, "betas": training.betas, "eps": training.eps, "fused": True}
-
-
-def decay_groups(model: ImageTokenizer, plan: Plan) -> list[dict[str, Any]]:
-    """Weight decay on convolution weights (1x1 ones in diffusers' attention are linear layers): none on norms, biases
-    and the codebook."""
-    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups[id(parameter) in convolutions].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": plan.config.training.weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
-
-
-def show_banner(accelerator: Accelerator, plan: Plan, first_step: int, checkpoint: Path | None) -> None:
-    """Every derived number, on the main process."""
-    if not accelerator.is_main_process:
-        return
-    training = plan.config.training
-    lines = [
-        f"output             {plan.config.output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
-        f"processes          {plan.num_processes} on {accelerator.device.type}, mixed precision "
-        f"{accelerator.mixed_precision}, torch {torch.__version__}",
-        *description_lines(describe(plan.config)),
-        f"batch              {training.total_batch_size} = {plan.num_processes} processes x {plan.rounds} rounds x "
-        f"{plan.batch_size} images",
-        f"data               {_counted(plan)}; backend {backend_of(plan.config.data)}"
-        + (", streaming" if plan.config.data.streaming else ""),
-        f"training           steps {first_step:,} to {plan.total_steps:,}"
-        + (f" ({plan.total_steps / plan.steps_per_epoch:.1f} epochs)" if plan.steps_per_epoch else ""),
-        f"learning rate      {plan.learning_rate:.3g} = {training.base_lr:g} x {training.lr_scaling} of "
-        f"{training.total_batch_size}/{training.base_batch_size}; warm-up {plan.warmup_steps} steps, cosine to "
-        f"{plan.learning_rate * training.lr_final_ratio:.3g} over {plan.decay_steps:,}",
-        *_far_from_base(plan),
-        f"adversarial        {_adversarial(plan)}",
-        f"every              {training.log_every} steps a log line, {plan.validate_every} a validation, "
-        f"{plan.checkpoint_every} a checkpoint",
-    ]
-    print("\n".join(lines), flush=True)
-
-
-def _adversarial(plan: Plan) -> str:
-    start, heard = plan.discriminator_start, plan.discriminator_warmup
-    if start is None:
-        return "off"
-    if start >= plan.total_steps:
-        return f"NEVER: discriminator.start is step {start:,}, and training ends at step {plan.total_steps:,}"
-    if heard and start + heard >= plan.total_steps:
-        return (
-            f"from step {start:,}, NEVER reaching the tokenizer: with discriminator.warmup that is step "
-            f"{start + heard:,}, and training ends at step {plan.total_steps:,}"
-        )
-    return f"from step {start:,}" + (f", reaching the tokenizer after {heard:,} more" if heard else "")
-
-
-def _far_from_base(plan: Plan) -> list[str]:
-    """The rule of scaling is known to hold near the batch it was tuned at."""
-    training, factor = plan.config.training, batch_scale(plan.config.training)
-    if 1 / LARGEST_SCALE <= factor <= LARGEST_SCALE:
-        return []
-    return [
-        f"                   NOTE: that is {factor:.3g} x training.base_lr, far from where the rule was tried; for a "
-        f"batch of {training.total_batch_size} set base_lr yourself, with training.lr_scaling=none"
-    ]
-
-
-def _counted(plan: Plan) -> str:
-    if plan.num_images is None:
-        return "an unknown number of training images"
-    data = plan.config.data
-    counted = f"{plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch"
-    if data.validation_fraction is None:
-        return counted
-    return (
-        f"{counted}; validation is {data.validation_fraction:g} of data.train_split {data.train_split}, by a hash of "
-        f"each {data.validation_group}'s name"
-    )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan_accel.models.discriminators.base import Discriminator
 from vqgan_accel.models.discriminators.convolution import conv2d
 from vqgan_accel.models.precision import without_autocast
 
@@ -18,7 +19,7 @@ SQRT2 = math.sqrt(2.0)  # keeps the variance of unit-normal activations through 
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 
 
-class StyleGAN2Discriminator(nn.Module):
+class StyleGAN2Discriminator(Discriminator):
     """One logit an image: residual blocks from `image_size` down to 8 x 8, then the 4 x 4 epilogue.
 
     Parameters are called `b{resolution}.{layer}.{weight,bias}`, as in NVIDIA's checkpoints.

@@ -1,0 +1,330 @@
+"""Training written out in plain torch: what `train()` must compute, by simple formulas of its own.
+
+No Accelerate, and none of our loop, schedules, losses or quantizers. Given are the networks (encoder, decoder,
+discriminator) and the weights they start with, the order of the images, their views, and the seeds of positions, all
+of which have tests of their own. One process, and images in a folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from vqgan_accel.config import Config
+from vqgan_accel.data.order import epoch_order
+from vqgan_accel.data.transforms import training_view
+from vqgan_accel.models.build import build_discriminator
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
+
+
+def half_cosine(start: float, end: float, step: int, steps: int) -> float:
+    """From `start` at step 0 to `end` at `steps`, and on."""
+    done = min(step / steps, 1.0) if steps else 1.0
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+class PlainTrainer:
+    """Trains `start`/tokenizer and `start`/discriminator.safetensors as `config` says.
+
+    `lines` are then what metrics.jsonl says of each step, `tensors()` what the last checkpoint holds.
+    """
+
+    def __init__(self, config: Config, start: Path) -> None:
+        self.config, training = config, config.training
+        self.files = sorted(Path(str(config.data.path), "train").iterdir())
+        self.steps_per_epoch = len(self.files) // training.total_batch_size
+        self.tokenizer = ImageTokenizer.from_pretrained(start / "tokenizer").train()
+        quantizer = Gumbel if config.quantizer.type == "gumbel" else NearestCode
+        self.quantizer: Gumbel | NearestCode = quantizer(self.tokenizer.quantizer, self)
+
+        only = "decoder." if training.decoder_only else ""
+        trained = {name: p for name, p in self.tokenizer.named_parameters() if name.startswith(only)}
+        kernels = [p for name, p in trained.items() if p.ndim > 1 and name != "quantizer.codebook"]
+        others = [p for name, p in trained.items() if p.ndim == 1 or name == "quantizer.codebook"]
+        adamw: dict[str, Any] = {"betas": training.betas, "eps": training.eps}
+        groups = [
+            {"params": kernels, "weight_decay": training.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizers = {"tokenizer": AdamW(groups, **adamw)}
+        self.discriminator = build_discriminator(config)
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(load_file(start / "discriminator.safetensors"))
+            parameters = self.discriminator.parameters()
+            self.optimizers["discriminator"] = AdamW(parameters, **adamw, weight_decay=training.weight_decay)
+
+        self.average: dict[str, Tensor] = {}
+        self.use = torch.zeros(config.quantizer.num_codes)  # of each code since the epoch began
+        self.lines: list[dict[str, float]] = []
+        for step in range(training.max_steps or 0):
+            self.step(step)
+
+    def steps_in(self, duration: Any) -> int:
+        return round(duration.value * (self.steps_per_epoch if duration.unit == "epochs" else 1))
+
+    def learning_rate(self, step: int) -> float:
+        training = self.config.training
+        ratio = training.total_batch_size / training.base_batch_size
+        peak = training.base_lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[training.lr_scaling]
+        decay = self.steps_in(training.lr_decay) if training.lr_decay else training.max_steps or 0
+        warmed = min(1.0, (step + 1) / max(1, self.steps_in(training.lr_warmup)))
+        return warmed * half_cosine(peak, peak * training.lr_final_ratio, step, decay)
+
+    def images(self, step: int, samples: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]: those samples of the step's global batch"""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        data, seed, first = self.config.data, self.config.seed, place * self.config.training.total_batch_size
+        order = epoch_order(seed, epoch, len(self.files))
+        views = []
+        for index in (int(order[first + sample]) for sample in samples):
+            crop = (data.image_size, data.crop_scale, data.horizontal_flip)
+            views.append(training_view(Image.open(self.files[index]), *crop, seed, epoch, index))
+        return torch.stack(views) / 127.5 - 1
+
+    def step(self, step: int) -> None:
+        training, adversarial = self.config.training, self.config.discriminator
+        since = step - self.steps_in(adversarial.start) if adversarial else -1  # steps since the game began
+        rounds = training.gradient_accumulation_steps
+        parts: list[dict[str, Tensor]] = []
+        latents, codes = [], []
+        for index in range(rounds):
+            samples = range(index, training.total_batch_size, rounds)
+            images = self.images(step, samples)
+            latents.append(self.tokenizer.encoder(images))
+            seeds = [position_seed(QUANTIZER_NOISE, self.config.seed, step, sample) for sample in samples]
+            quantized = self.quantizer.quantize(latents[-1], step, seeds)
+            codes.append(quantized.codes)
+            reconstruction, _ = self.tokenizer.decoder(quantized.latents)
+            parts.append(self.teach_tokenizer(images, reconstruction, quantized, since, rounds))
+            if since >= 0:
+                parts[-1] |= self.teach_discriminator(images, reconstruction.detach(), since, rounds)
+
+        line = {name: torch.stack([part[name] for part in parts]).mean().item() for name in parts[0]}
+        for name, optimizer in self.optimizers.items():
+            if name == "tokenizer" or since >= 0:
+                line[f"grad_norm_{name}"] = clip(optimizer, training.max_grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate(step)
+                optimizer.step()
+                optimizer.zero_grad()
+        self.quantizer.update()
+        if training.ema_decay is not None:
+            self.update_average(training.ema_decay)
+        self.use += torch.bincount(torch.cat(codes).flatten(), minlength=len(self.use))
+        if (step + 1) % self.steps_per_epoch == 0:
+            line |= self.end_epoch(step, torch.stack(latents, 1).flatten(0, 1))  # sample b k + r: b-th of round r
+        line |= {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "bad_steps": 0, "skipped_images": 0}
+        self.lines.append(line | {"learning_rate": self.learning_rate(step)})
+
+    def teach_tokenizer(
+        self, images: Tensor, reconstruction: Tensor, quantized: Quantized, since: int, rounds: int
+    ) -> dict[str, Tensor]:
+        losses, adversarial = self.config.losses, self.config.discriminator
+        l1, l2 = (reconstruction - images).abs().mean(), ((reconstruction - images) ** 2).mean()
+        rec = losses.l1_weight * l1 + losses.l2_weight * l2
+        total, parts = rec + quantized.loss, {"l1": l1, "l2": l2, **quantized.parts}
+        if adversarial and self.discriminator and since >= 0:
+            logits = self.discriminator(reconstruction)
+            gen = -logits.mean() if adversarial.loss == "hinge" else F.softplus(-logits).mean()
+            weight = torch.tensor(adversarial.weight if since >= self.steps_in(adversarial.warmup) else 0.0)
+            if adversarial.adaptive_weight:
+                last = self.tokenizer.decoder.conv_out.weight
+                (of_rec,) = torch.autograd.grad(rec, last, retain_graph=True)
+                (of_gen,) = torch.autograd.grad(gen, last, retain_graph=True)
+                weight *= (of_rec.norm() / (of_gen.norm() + 1e-8)).clamp(max=1e4)
+            total = total + weight * gen
+            parts |= {"generator": gen, "adversarial_weight": weight}
+        learning = [p for group in self.optimizers["tokenizer"].param_groups for p in group["params"]]
+        (total / rounds).backward(inputs=learning)
+        return {"total": total, **parts}
+
+    def teach_discriminator(self, images: Tensor, fakes: Tensor, since: int, rounds: int) -> dict[str, Tensor]:
+        adversarial = self.config.discriminator
+        assert adversarial and self.discriminator
+        images.requires_grad_()
+        real, fake = self.discriminator(images), self.discriminator(fakes)
+        if adversarial.loss == "hinge":
+            loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        else:
+            loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        parts = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        if adversarial.r1_weight and since % adversarial.r1_every == 0:
+            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+            parts["r1"] = (slope**2).sum((1, 2, 3)).mean()
+            loss = loss + adversarial.r1_weight * parts["r1"]
+        (loss / rounds).backward(inputs=list(self.discriminator.parameters()))
+        return parts
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Begins as the weights after the first step; an EMA codebook, an average already, is copied."""
+        if not self.average:
+            self.average = {name: value.clone() for name, value in self.tokenizer.state_dict().items()}
+        for name, value in self.tokenizer.named_parameters():
+            self.average[name] = decay * self.average[name] + (1 - decay) * value
+        for name in self.average.keys() - dict(self.tokenizer.named_parameters()).keys():
+            self.average[name] = self.tokenizer.state_dict()[name].clone()
+
+    def end_epoch(self, step: int, latents: Tensor) -> dict[str, float]:
+        """latents: (B, D, h, w) of the step's whole batch"""
+        share = self.use[self.use > 0] / self.use.sum()
+        values = {"epoch_perplexity": math.exp(-(share * share.log()).sum())}
+        values["epoch_codebook_usage"] = 100 * len(share) / len(self.use)
+        every = getattr(self.config.quantizer, "reinit_every_epochs", None)
+        if every and (step + 1) % (every * self.steps_per_epoch) == 0:
+            draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
+            assert isinstance(self.quantizer, NearestCode)
+            values["reinitialised_codes"] = self.quantizer.replace_unused(self.use, latents, draw)
+        self.use.zero_()
+        return values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of runs.tensors."""
+        weights = "diffusion_pytorch_model.safetensors"
+        found = {f"tokenizer/{weights}:{name}": value for name, value in self.tokenizer.state_dict().items()}
+        found |= {f"tokenizer_ema/{weights}:{name}": value for name, value in self.average.items()}
+        if self.discriminator:
+            found |= {f"discriminator.safetensors:{n}": value for n, value in self.discriminator.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"optimizers.safetensors:{name}/{index}/{key}": value for key, value in state.items()}
+        return found
+
+
+@torch.no_grad()
+def clip(optimizer: AdamW, largest: float | None) -> float:
+    """The norm that the gradient had."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
+    for gradient in gradients:
+        gradient *= 1.0 if largest is None else min(1.0, largest / (norm.item() + 1e-6))
+    return norm.item()
+
+
+# ---- quantizers
+
+
+class Quantized(NamedTuple):
+    latents: Tensor  # (B, D, h, w), as the decoder takes them
+    codes: Tensor  # (B, h, w)
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class NearestCode:
+    """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term."""
+
+    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
+        self.network, self.trainer = network, trainer
+        self.config: Any = trainer.config.quantizer
+        self.seen: list[tuple[Tensor, Tensor]] = []  # tokens and their codes since the last update
+
+    def unit(self, vectors: Tensor) -> Tensor:
+        """(N, D)"""
+        return vectors / vectors.norm(dim=1, keepdim=True) if self.config.l2_normalize else vectors
+
+    def vectors(self) -> Tensor:
+        """(K, D) as they are compared"""
+        if self.config.type == "ema":
+            return self.unit(self.network.sums / self.smoothed_counts()[:, None])
+        return self.unit(self.network.codebook)
+
+    def smoothed_counts(self) -> Tensor:
+        """(K,), by Laplace"""
+        counts, epsilon = self.network.counts, self.config.epsilon
+        return (counts + epsilon) * counts.sum() / (counts.sum() + len(counts) * epsilon)
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        config, vectors = self.config, self.vectors()
+        batch, dim, height, width = latents.shape
+        tokens = self.unit(latents.permute(0, 2, 3, 1).reshape(-1, dim))  # (M, D)
+        distances = ((tokens[:, None] - vectors) ** 2).sum(2)  # (M, K)
+        codes = distances.argmin(1)
+        chosen = vectors[codes]
+        parts = {"commitment_loss": ((tokens - chosen.detach()) ** 2).mean()}
+        loss = config.commitment_cost * parts["commitment_loss"]
+        if config.type == "ema":
+            self.seen.append((tokens.detach(), codes))
+        else:
+            parts["codebook_loss"] = ((tokens.detach() - chosen) ** 2).mean()
+            loss = loss + parts["codebook_loss"]
+        if config.type == "entropy":
+            log_p = (-distances / config.entropy_temperature).log_softmax(1)
+            p = log_p.exp()
+            if config.entropy_target == "argmax":
+                p = F.one_hot(codes, len(vectors)) + p - p.detach()
+            of_mean = -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
+            parts["entropy_loss"] = -(p * log_p).sum(1).mean() - of_mean
+            loss = loss + config.entropy_ratio * parts["entropy_loss"]
+        passed = tokens + (chosen - tokens).detach()
+        grid = passed.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        return Quantized(grid, codes.view(batch, height, width), loss, parts)
+
+    def update(self) -> None:
+        if self.config.type == "ema" and not self.trainer.config.training.decoder_only:
+            tokens, codes = (torch.cat(both) for both in zip(*self.seen, strict=True))
+            chose = F.one_hot(codes, self.config.num_codes).float()  # (M, K)
+            decay, counts, sums = self.config.decay, self.network.counts, self.network.sums
+            counts.copy_(decay * counts + (1 - decay) * chose.sum(0))
+            sums.copy_(decay * sums + (1 - decay) * chose.T @ tokens)
+        self.seen.clear()
+
+    @torch.no_grad()
+    def replace_unused(self, use: Tensor, latents: Tensor, draw: torch.Generator) -> int:
+        """Returns how many."""
+        unused = (use == 0).nonzero().flatten()
+        if self.config.reinit_from == "latents":
+            tokens = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+            new = tokens[torch.randperm(len(tokens), generator=draw)[: len(unused)]]
+        else:
+            vectors = self.vectors()
+            new = vectors[torch.multinomial(use.double(), len(unused), replacement=True, generator=draw)]
+            new = new + 0.01 * vectors[use > 0].std(0, correction=0) * torch.randn(new.shape, generator=draw)
+        if self.config.type == "ema":
+            self.network.counts[unused] = 1.0
+            self.network.sums[unused] = self.unit(new) * self.smoothed_counts()[unused, None]
+        else:
+            self.network.codebook[unused] = self.unit(new)
+            moments = self.trainer.optimizers["tokenizer"].state[self.network.codebook]
+            moments["exp_avg"][unused] = moments["exp_avg_sq"][unused] = 0.0
+        return len(unused)
+
+
+class Gumbel:
+    """softmax((logits + Gumbel noise) / temperature) of the codes; loss: KL(q(code | position) || uniform)."""
+
+    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
+        self.network, self.trainer = network, trainer
+        self.config: Any = trainer.config.quantizer
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        config, codebook = self.config, self.network.codebook
+        logits = F.conv2d(latents, self.network.x_to_logits.weight, self.network.x_to_logits.bias)  # (B, K, h, w)
+        log_q = logits.log_softmax(1)
+        kl = (log_q.exp() * (log_q + math.log(config.num_codes))).sum(1).mean()
+        kl_cost = half_cosine(0.0, config.kl_cost, step, self.trainer.steps_in(config.kl_warmup))
+        decay = self.trainer.steps_in(config.temperature_decay)
+        temperature = half_cosine(config.temperature_start, config.temperature_end, step, decay)
+        if self.trainer.config.training.decoder_only:
+            p = F.one_hot(logits.argmax(1), config.num_codes).float().permute(0, 3, 1, 2)
+        else:
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = [-torch.empty(logits.shape[1:]).exponential_(generator=draw).log() for draw in draws]
+            p = ((logits + torch.stack(noise)) / temperature).softmax(1)
+            if config.straight_through:
+                p = F.one_hot(p.argmax(1), config.num_codes).permute(0, 3, 1, 2) + p - p.detach()
+        mixed = torch.einsum("bkhw,kd->bdhw", p, codebook)
+        return Quantized(mixed, logits.argmax(1), kl_cost * kl, {"kl_loss": kl})
+
+    def update(self) -> None:
+        pass

@@ -1,0 +1,59 @@
+"""Validations inside training: what evaluate.py does, on images that are the same every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vqgan_accel.compat import uncompiled
+from vqgan_accel.config import Config
+from vqgan_accel.data.views import Batch
+from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
+from vqgan_accel.evaluation.figures import reconstruction_grid
+from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.files import naming, write_json
+from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.run_folder import VALIDATION, picture_file
+
+
+class Validation:
+    """The whole validation split, and how it is measured."""
+
+    def __init__(self, config: Config, batches: Iterable[Batch], metrics: Metrics, device: torch.device) -> None:
+        self.config, self.batches, self.metrics, self.device = config, batches, metrics, device
+        self.protocol: dict[str, Any] | None = None  # known from the first validation on
+
+    def measure(self, tokenizer: ImageTokenizer) -> Evaluation:
+        """Every process calls it and gets the same results."""
+        with uncompiled():  # or the last, smaller batch of the split would be compiled for
+            evaluation = evaluate_tokenizer(
+                tokenizer,
+                self.batches,
+                self.metrics,
+                self.device,
+                self.config.data.image_size,
+                self.config.evaluation.grid_images,
+                hash_pixels=self.protocol is None,
+            )
+        if self.protocol is None:
+            self.protocol = protocol(self.config, evaluation, self.metrics)
+        return evaluation
+
+    def record(self, run: Path, step: int, evaluation: Evaluation) -> Image.Image | None:
+        """Keep in the run's folder what a report shows of it beside the results. Returns the picture, if there is one.
+        One process calls it."""
+        assert self.protocol is not None
+        record = {"step": step, "protocol": self.protocol, "fingerprint": fingerprint(self.protocol)}
+        write_json(run / VALIDATION, record | {"code_counts": evaluation.code_counts.tolist()}, indent=None)
+        if not len(evaluation.originals):
+            return None
+        grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
+        picture = picture_file(run, step)
+        with naming(picture):
+            picture.parent.mkdir(exist_ok=True)
+            grid.save(picture)
+        return grid
