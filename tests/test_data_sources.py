@@ -18,6 +18,7 @@ from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.hub import HubSource
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.data.sources import SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -349,3 +350,62 @@ def test_class_folders_named_like_splits_stay_in_the_split_that_holds_them(tmp_p
         for split in ("train", "validation"):
             loader = evaluation_loader(open_source(data, split), data, 4, 0, 1, pin_memory=False)
             assert sum(len(batch["index"]) for batch in loader) == 3
+
+
+# ---- a source that is new
+
+TOY = """
+import numpy as np
+from PIL import Image
+
+
+def open_split(config, split, key):
+    return Toy(f"{config.path}[{split}] by {key}")
+
+
+class Toy:
+    def __init__(self, title):
+        self.title = title
+
+    def __len__(self):
+        return 20
+
+    def name(self, index):
+        return f"{self.title} {index}"
+
+    def file_name(self, index):
+        return f"{index}.png"
+
+    def stored_names(self):
+        return [f"{index}.png" for index in range(20)]
+
+    def labels(self):
+        return None
+
+    def fingerprint(self):
+        return "20 squares"
+
+    def stored(self, index):
+        return bytes([index])
+
+    def open(self, index):
+        return Image.fromarray(np.full((16, 16, 3), index, np.uint8))
+"""
+
+
+def test_a_new_source_is_one_file_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "toy_source.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(SOURCES, "toy", "toy_source")
+    toy = config("squares").model_copy(update={"backend": "toy"})
+    assert open_source(toy, "test").name(3) == "squares[test] by data.test_split 3"
+    (batch,) = evaluation_loader(open_source(toy, "train"), toy, 20, 0, 1, pin_memory=False)
+    assert batch["image"][:, 0, 0, 0].tolist() == list(range(20))
+    order = TrainingOrder(0, 20, 5, num_rounds=1, process_index=0, num_processes=1, start_step=0, total_steps=4)
+    loader = training_loader(open_source(toy, "train"), toy, order, pin_memory=False)
+    assert sorted(index for batch in loader for index in batch["index"].tolist()) == list(range(20))
+    cut = toy.model_copy(update={"validation_fraction": 0.3})
+    parts = [open_source(cut, split) for split in ("train", "validation")]
+    assert sorted(part.file_name(index) for part in parts for index in range(len(part))) == sorted(
+        f"{index}.png" for index in range(20)
+    )

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from vqgan_accel.config import Config, DataConfig, parse_config
-from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, Work, duration, peak_tflops
+from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, Work, peak_tflops
 from vqgan_accel.training.plan import make_plan
+from vqgan_accel.words import duration
 
 
 class Clock:

@@ -13,8 +13,8 @@ from vqgan_accel.data.division import Group, place_of
 from vqgan_accel.data.order import steps_per_epoch
 from vqgan_accel.sections import Duration
 from vqgan_accel.training.measure import Timings
-from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan, total_steps_of
+from vqgan_accel.words import duration
 
 GPU_RECIPE, CPU_RECIPE = "imagenet/ema_vqgan_cb1024_adaptive_R1", "demo"
 IMAGE_SIZES = (256, 128, 64, 32)  # pixels; the StyleGAN2 discriminator needs powers of two

@@ -45,8 +45,8 @@ from vqgan_accel.losses.perceptual import backbone_of
 from vqgan_accel.models.weights import cached_weights
 from vqgan_accel.recipes import recipes
 from vqgan_accel.training.measure import Timings, measure_step, measure_views
-from vqgan_accel.training.pace import duration
 from vqgan_accel.training.plan import Plan, make_plan
+from vqgan_accel.words import duration
 
 LOOKED_AT = 5000  # images, at most
 COMPARED = 500  # pairs of neighbours, at most, and as many of different folders

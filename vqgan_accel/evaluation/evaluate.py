@@ -26,7 +26,7 @@ from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
 from vqgan_accel.files import write_json
-from vqgan_accel.models.opening import open_tokenizer
+from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
@@ -117,14 +117,12 @@ def evaluate(
     >>> sorted(report["results"])
     ['codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
     """
-    model = Path(model)
     opened = open_tokenizer(model)
-    tokenizer, folder, config = opened.tokenizer, opened.folder, opened.config(overrides, data)
+    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     accelerator = start_accelerator("no")
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
-    home = opened.home / EVALUATION if model.is_dir() else Path(EVALUATION, model)  # of the hub's: not in its cache
-    output = Path(output or home / settings.split)
+    output = Path(output or results_folder(model, opened) / settings.split)
     require_apart(output, config.data, "--output")
     metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
     if (number := count_images(source)) is not None:
@@ -143,27 +141,43 @@ def evaluate(
     evaluation = evaluate_tokenizer(
         tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
     )
-    bad = [name for name, value in evaluation.results.items() if not math.isfinite(value)]
-    if bad:
-        raise ValueError(f"{', '.join(bad)} came out as nan or infinite: {folder} does not give finite reconstructions")
-    report: dict[str, Any] = {
-        "results": evaluation.results,
-        "checkpoint": str(folder),
-        "tokenizer_sha256": state_hash(tokenizer),
-        "skipped_images": evaluation.skipped_images,
-        "protocol": protocol(config, evaluation, metrics),
-    }
-    report["fingerprint"] = fingerprint(report["protocol"])
+    report = report_of(evaluation, opened, protocol(config, evaluation, metrics))
     if accelerator.is_main_process:
         write_json(output / EVALUATION_RESULTS, report)
-        if settings.grid_images:
-            grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
-            grid.save(output / "reconstructions.png")
-        counts = evaluation.code_counts
-        codebook_histogram(counts, perplexity(counts), codebook_usage(counts)).savefig(output / "codebook.png", dpi=120)
+        save_pictures(evaluation, output, grid=settings.grid_images > 0)
         print(table(report, output), flush=True)
     accelerator.wait_for_everyone()
     return report
+
+
+def results_folder(model: str | Path, opened: Opened) -> Path:
+    """Beside the tokenizer; of a name on the hub one here, not among its cached files."""
+    return opened.home / EVALUATION if Path(model).is_dir() else Path(EVALUATION, model)
+
+
+def save_pictures(evaluation: Evaluation, output: Path, grid: bool) -> None:
+    """codebook.png and, with `grid`, reconstructions.png."""
+    if grid:
+        reconstruction_grid(evaluation.originals, evaluation.reconstructions).save(output / "reconstructions.png")
+    counts = evaluation.code_counts
+    codebook_histogram(counts, perplexity(counts), codebook_usage(counts)).savefig(output / "codebook.png", dpi=120)
+
+
+def report_of(evaluation: Evaluation, opened: Opened, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json holds. ValueError where a result is not finite."""
+    bad = [name for name, value in evaluation.results.items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"{', '.join(bad)} came out as nan or infinite: {opened.folder} does not give finite reconstructions"
+        )
+    return {
+        "results": evaluation.results,
+        "checkpoint": str(opened.folder),
+        "tokenizer_sha256": state_hash(opened.tokenizer),
+        "skipped_images": evaluation.skipped_images,
+        "protocol": protocol,
+        "fingerprint": fingerprint(protocol),
+    }
 
 
 def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vqgan_accel.config import LOWER_IS_BETTER, flat_config
 from vqgan_accel.describe import describe
 from vqgan_accel.evaluation.evaluate import UNITS
 from vqgan_accel.report.run import Run, read_runs
-from vqgan_accel.training.pace import duration
+from vqgan_accel.words import duration
 
 Cell = float | int | str | None
 Format = Literal["text", "csv", "markdown"]

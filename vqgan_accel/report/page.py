@@ -18,7 +18,7 @@ from vqgan_accel.report.charts import COLOURS, sections
 from vqgan_accel.report.compare import config_tables, fact_table, is_best, score_tables, shown, state
 from vqgan_accel.report.run import Run, read_runs
 from vqgan_accel.run_folder import REPORT
-from vqgan_accel.training.pace import duration
+from vqgan_accel.words import duration
 
 SHOWN_STEPS = 5  # validations of which reconstructions are shown
 SHOWN_IMAGES = 8

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
@@ -67,57 +68,69 @@ def tokenize(
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
     opened = open_tokenizer(model)
-    tokenizer, config = opened.tokenizer, opened.config(overrides, data)
+    config = opened.config(overrides, data)
     accelerator = start_accelerator("no")
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
-    labels = source.labels()
+    job = Job(opened.tokenizer, config, source, source.labels(), views)
     largest = min(SHARD_IMAGES, -(-len(source) // accelerator.num_processes)) if shard_images is None else shard_images
     with ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], list[int]]:
-            require_finite(tokenizer, str(opened.folder))
+            require_finite(opened.tokenizer, str(opened.folder))
             require_tokens_or_nothing(output)
             (output / "data").mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(output))
-            made = manifest_of(tokenizer, config, source, labels, views)
-            manifest = begin_or_go_on(output, made, largest, told=shard_images is not None)
+            manifest = begin_or_go_on(output, manifest_of(job), largest, told=shard_images is not None)
             files = shard_files(output, manifest)
             return manifest, [number for number, file in enumerate(files) if rows_in(file) is None]
 
         manifest, missing = decided_by_main(begin)
-        files = shard_files(output, manifest)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        size, batch = manifest["shard_images"], batch_images(config, views)
-        batches = {number: shard_batches(number, size, len(source), batch) for number in mine}
-        loader = views_loader(
-            source,
-            config.data,
-            [wanted for shard in batches.values() for wanted in shard],
-            partial(views_of, kind=views),
-            pin_memory=accelerator.device.type == "cuda",
-        )
-        tokenizer.to(accelerator.device)
-        total = sum(len(wanted) for shard in batches.values() for wanted in shard)
-        quiet = not accelerator.is_main_process
-        with tqdm(total=total, unit="image", disable=quiet, dynamic_ncols=True) as bar, closing(iter(loader)) as loaded:
-            for number, shard in batches.items():
-                codes, indices = [], []
-                for wanted in shard:
-                    loaded_batch = next(loaded)
-                    codes.append(codes_of(tokenizer, loaded_batch, accelerator.device))
-                    indices.append(loaded_batch["index"])
-                    bar.update(len(wanted))
-                places = torch.cat(indices).numpy()
-                names = [in_utf8(source.file_name(int(index))) for index in places]
-                write_shard(files[number], torch.cat(codes).numpy(), places, names, labels, manifest)
+        write_shards(job, output, manifest, mine, accelerator)
         if accelerator.is_main_process:
             # (No barrier: it would give up after some minutes, and a shard may take longer. Where another process
             # fails, the launcher ends this one.)
+            files = shard_files(output, manifest)
             while any(rows_in(files[number]) is None for number in missing):
                 time.sleep(1)
             return finish(output, manifest)
     return manifest
+
+
+class Job(NamedTuple):
+    """The views of which images are encoded by what."""
+
+    tokenizer: ImageTokenizer
+    config: Config
+    source: ImageSource
+    labels: Labels | None
+    views: str  # a key of VIEWS
+
+
+def write_shards(
+    job: Job, output: Path, manifest: dict[str, Any], numbers: list[int], accelerator: Accelerator
+) -> None:
+    """Encode the images of these shards, one shard after another."""
+    files, device, source = shard_files(output, manifest), accelerator.device, job.source
+    size, batch = manifest["shard_images"], batch_images(job.config, job.views)
+    batches = {number: shard_batches(number, size, len(source), batch) for number in numbers}
+    wanted = [images for shard in batches.values() for images in shard]
+    views, pin_memory = partial(views_of, kind=job.views), device.type == "cuda"
+    loader = views_loader(source, job.config.data, wanted, views, pin_memory)
+    job.tokenizer.to(device)
+    bar = tqdm(total=sum(map(len, wanted)), unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    with bar, closing(iter(loader)) as loaded:
+        for number, shard in batches.items():
+            codes, indices = [], []
+            for images in shard:
+                loaded_batch = next(loaded)
+                codes.append(codes_of(job.tokenizer, loaded_batch, device))
+                indices.append(loaded_batch["index"])
+                bar.update(len(images))
+            places = torch.cat(indices).numpy()
+            names = [in_utf8(source.file_name(int(index))) for index in places]
+            write_shard(files[number], torch.cat(codes).numpy(), places, names, job.labels, manifest)
 
 
 def batch_images(config: Config, views: str) -> int:
@@ -137,10 +150,9 @@ def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> T
     return tokenizer.encode(images).flatten(1).cpu()
 
 
-def manifest_of(
-    tokenizer: ImageTokenizer, config: Config, source: ImageSource, labels: Labels | None, views: str
-) -> dict[str, Any]:
+def manifest_of(job: Job) -> dict[str, Any]:
     """All that decides the rows, and what they are."""
+    tokenizer, config, source, labels, views = job
     side = config.data.image_size // tokenizer.stride
     return {
         "tokenizer_sha256": state_hash(tokenizer),

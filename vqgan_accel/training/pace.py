@@ -11,6 +11,7 @@ import torch
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.training.plan import Plan
+from vqgan_accel.words import duration
 
 T = TypeVar("T")
 BOTTLENECK = 0.1  # share of a step's time spent in waiting for images that is worth a warning
@@ -129,16 +130,3 @@ class Pace:
 def peak_tflops(name: str) -> float | None:
     """Of a GPU by its name; None where it is not known."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 3 d 4 h, 2 h 05 min, 3 min 20 s, 45 s, 0.35 s."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    if minutes:
-        return f"{minutes} min {whole % 60:02} s"
-    return f"{whole} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -1,0 +1,16 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 3 d 4 h, 2 h 05 min, 3 min 20 s, 45 s, 0.35 s."""
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    if minutes:
+        return f"{minutes} min {whole % 60:02} s"
+    return f"{whole} s" if seconds >= 10 else f"{seconds:.2g} s"
