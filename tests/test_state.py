@@ -1,0 +1,141 @@
+"""The list of what has state: nothing that training changes is missing from it, and all of it comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DISCRIMINATOR, tiny_config
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqgan_accel.config import Config
+from vqgan_accel.interruption import StopRequest
+from vqgan_accel.models.weights import FixedModule
+from vqgan_accel.training.checkpoint import read_state, write_state
+from vqgan_accel.training.loop import take_step
+from vqgan_accel.training.setup import Run, open_run
+
+GAME = DISCRIMINATOR | {"r1_weight": 1.0, "adaptive_weight": True}
+# parts of a run that hold tensors and whose steps leave nothing behind
+WITHOUT_STATE = {
+    "validation": "its metrics are reset before each use",
+    "batches": "what comes next follows from the step, or is in stream.json",
+    "accelerator": "the wrappers of networks and optimizers that are looked at by themselves",
+}
+
+
+def full(folder: Path, quantizer: str) -> Config:
+    """A run with everything that a checkpoint can hold."""
+    training = {"max_steps": 9, "ema_decay": 0.5, "base_lr": 1e-2}
+    return tiny_config(folder, quantizer={"type": quantizer}, discriminator=GAME, training=training)
+
+
+def things(value: Any, seen: set[int]) -> Iterator[nn.Module | Optimizer | Tensor]:
+    """Every module, optimizer and tensor that is reached from `value` through attributes and containers."""
+    if id(value) in seen or value is None or isinstance(value, str | int | float | Path | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module | Optimizer | Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from things(each, seen)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from things(each, seen)
+    elif type(value).__module__.startswith(("vqgan_accel", __name__)):
+        for each in vars(value).values():
+            yield from things(each, seen)
+
+
+def tensors_of(thing: nn.Module | Optimizer | Tensor) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, nn.Module):
+        yield from (*thing.parameters(), *thing.buffers())
+    else:
+        yield from (parameter for group in thing.param_groups for parameter in group["params"])
+
+
+def missing_from_the_list(run: Run) -> list[str]:
+    """The attributes of a run that lead to tensors which no entry of its state leads to."""
+    listed = {id(tensor) for thing in things(run.state, set()) for tensor in tensors_of(thing)}
+    found = []
+    for field in dataclasses.fields(run):
+        if field.name in {"state", *WITHOUT_STATE}:
+            continue
+        for thing in things(getattr(run, field.name), set()):
+            fixed = isinstance(thing, FixedModule)
+            if not fixed and any(id(tensor) not in listed for tensor in tensors_of(thing)):
+                found.append(f"{field.name}: {type(thing).__name__}")
+    return found
+
+
+@pytest.mark.parametrize("quantizer", ["standard", "ema", "entropy", "gumbel"])
+def test_whatever_holds_tensors_in_a_run_is_on_the_list(quantizer: str, tmp_path: Path) -> None:
+    with open_run(full(tmp_path, quantizer)) as run:
+        take_step(run, StopRequest())
+        optimizers = [thing for thing in things(run.networks, set()) if isinstance(thing, Optimizer)]
+        assert len(optimizers) == 2 and all(
+            any(optimizer is listed for listed in things(run.state["optimizers"], set())) for optimizer in optimizers
+        )
+        assert missing_from_the_list(run) == []
+
+
+def test_a_module_a_tensor_or_an_average_that_is_not_listed_is_found(tmp_path: Path) -> None:
+    with open_run(full(tmp_path, "ema")) as run:
+        run.pace.history = torch.zeros(3)  # type: ignore[attr-defined]
+        run.networks.tokenizer.critic = nn.Linear(2, 2)  # type: ignore[attr-defined]
+        del run.state["average"]
+        assert missing_from_the_list(run) == ["networks: Linear", "networks: AveragedModel", "pace: Tensor"]
+
+
+@pytest.mark.parametrize("quantizer", ["standard", "ema", "entropy", "gumbel"])
+def test_all_of_it_comes_back_from_a_checkpoint(quantizer: str, tmp_path: Path) -> None:
+    """Whatever is spoilt after it was written: weights, statistics, moments, counts, numbers."""
+    with open_run(full(tmp_path, quantizer)) as run:
+        for _ in range(2):
+            take_step(run, StopRequest())
+        held = tmp_path / "held"
+        held.mkdir()
+        write_state(run.state, held)
+        before = everything(run)
+        for thing in things(run.state, set()):
+            for tensor in tensors_of(thing):
+                spoil(tensor)
+            if isinstance(thing, Optimizer):
+                for moment in (moment for state in thing.state.values() for moment in state.values()):
+                    spoil(moment)
+        run.progress.step, run.progress.best, run.progress.bad_steps = 77, 1.0, 5
+        assert all(not torch.equal(before[name], value) for name, value in everything(run).items() if value.numel())
+        read_state(run.state, held)
+        after = everything(run)
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert torch.equal(after[name], value), name
+        assert run.progress.step == json.loads((held / "progress.json").read_text())["step"] == 2
+
+
+@torch.no_grad()
+def spoil(tensor: Tensor) -> None:
+    tensor.add_(1)
+
+
+def everything(run: Run) -> dict[str, Tensor]:
+    """A copy of what a checkpoint has to hold, by name."""
+    networks = run.networks
+    assert networks.adversary is not None and networks.average is not None
+    found = {"usage": run.usage.counts, "progress": torch.tensor([run.progress.step, run.progress.bad_steps])}
+    modules = {learner.name: learner.network for learner in networks.learners} | {"average": networks.average.model}
+    for name, module in modules.items():
+        found |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for learner in networks.learners:
+        for index, state in learner.optimizer.state_dict()["state"].items():
+            found |= {f"{learner.name}.{index}.{key}": value for key, value in state.items()}
+    return {name: value.detach().clone() for name, value in found.items()}
