@@ -38,9 +38,10 @@ PARTIAL, REMOVED = ".partial", ".removed"  # endings of folders on their way in 
 
 
 def write_state(state: dict[str, Stateful], folder: Path) -> None:
-    notes: dict[str, Any] = {"averaged_steps": 0}  # which older versions expect without an average, too
+    notes: dict[str, Any] = {}
     for part in state.values():
         part.write(folder, notes)
+    notes.setdefault("averaged_steps", 0)  # which older versions expect without an average, too
     write_json(folder / PROGRESS, notes)
 
 
