@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from tiny import DISCRIMINATOR, tiny_config
+from tiny import DISCRIMINATOR, NEAREST, QUANTIZERS, tiny_config
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import Config, config_keys, json_schema, key_lines, save_config
@@ -48,10 +48,12 @@ def test_a_prefix_is_a_section_or_the_beginning_of_keys(capsys):
 
 def test_a_key_of_some_types_of_a_section_says_which():
     heads = key_lines()[::2]
+    *others, last = QUANTIZERS
     for head in (
-        "quantizer.type: standard, ema, entropy or gumbel; must be given",
-        "quantizer.num_codes: whole number; at least 2; default 1024",
-        "quantizer.commitment_cost (standard, ema, entropy): number; at least 0; default 0.25",
+        f"quantizer.type: {', '.join(others)} or {last}; must be given",
+        f"quantizer.commitment_cost ({', '.join(NEAREST)}): number; at least 0; default 0.25",
+        "quantizer.decay (ema): number; at least 0 and below 1; default 0.99",
+        "autoencoder.channels: whole number; above 0; default 128",
         "autoencoder.type: maskgit or taming; default maskgit",
         "autoencoder.num_res_blocks (maskgit): whole number; at least 1; default 2",
         "autoencoder.num_res_blocks (taming): whole number; at least 1; default 2",

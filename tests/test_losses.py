@@ -32,6 +32,7 @@ from vqgan_accel.config import (
     DiscriminatorConfig,
     LossConfig,
     StandardQuantizerConfig,
+    StyleGAN2Config,
     WeightFiles,
 )
 from vqgan_accel.losses import adversarial
@@ -291,7 +292,7 @@ def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_dis
     make_accelerator: Callable[..., Accelerator],
     random_mobilenet: MobileNetDistance,
 ) -> None:
-    config = DiscriminatorConfig(loss=kind, weight=0.8, adaptive_weight=adaptive)
+    config = StyleGAN2Config(loss=kind, weight=0.8, adaptive_weight=adaptive)
     tokenizer, classic = (tiny_tokenizer(QUANTIZERS[quantizer], **layout) for _ in range(2))
     for model in (tokenizer, classic):
         if isinstance(model.quantizer, GumbelQuantizer):
@@ -336,7 +337,7 @@ def test_without_a_discriminator_the_tokenizer_gradients_are_those_of_reconstruc
 def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain_sum_of_its_losses(
     kind: Kind, with_r1: bool, make_accelerator: Callable[..., Accelerator]
 ) -> None:
-    config = DiscriminatorConfig(loss=kind, r1_weight=5.0)
+    config = StyleGAN2Config(loss=kind, r1_weight=5.0)
     discriminator, plain, images = tiny_discriminator(), tiny_discriminator(), random_images()
     game = Game(make_accelerator(), tiny_tokenizer(STANDARD), NO_NETWORK, None, discriminator, config, with_r1)
     step = game.first_half(images)
@@ -365,7 +366,7 @@ def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain
 def test_two_interleaved_rounds_accumulate_the_gradients_of_one_batch(
     make_accelerator: Callable[..., Accelerator],
 ) -> None:
-    config = DiscriminatorConfig(weight=0.8, r1_weight=5.0)  # lambda alone depends on the number of rounds
+    config = StyleGAN2Config(weight=0.8, r1_weight=5.0)  # lambda alone depends on the number of rounds
     images = random_images(8)
     networks: list[nn.Module] = []
     for rounds in (1, 2):

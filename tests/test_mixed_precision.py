@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqgan_accel.config import DiscriminatorConfig, LossConfig, StandardQuantizerConfig
+from vqgan_accel.config import LossConfig, StandardQuantizerConfig, StyleGAN2Config
 from vqgan_accel.losses.perceptual import LPIPSDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 
 SIZE = 32
 LOSSES = LossConfig(perceptual_weight=1.0)
-ADVERSARIAL = DiscriminatorConfig(adaptive_weight=True, r1_weight=1.0)
+ADVERSARIAL = StyleGAN2Config(adaptive_weight=True, r1_weight=1.0)
 
 
 class Dtypes(TorchDispatchMode):

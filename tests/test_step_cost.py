@@ -15,7 +15,7 @@ from helpers import reset_accelerate, tiny_tokenizer
 from tiny import QUANTIZERS, tiny_config
 from torch import Tensor
 
-from vqgan_accel.config import Config, DiscriminatorConfig, LossConfig
+from vqgan_accel.config import Config, LossConfig, StyleGAN2Config
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -80,7 +80,7 @@ def test_the_discriminators_graph_is_gone_when_the_tokenizers_backward_pass_begi
     alive: list[int] = []
     tokenizer.decoder.conv_out.weight.register_hook(lambda _: alive.append(sum(ref() is not None for ref in kept)))
     discriminator = Watched(16, channel_base=128, channel_max=16)
-    adversarial, losses = DiscriminatorConfig(), LossConfig(perceptual_weight=0)
+    adversarial, losses = StyleGAN2Config(), LossConfig(perceptual_weight=0)
     images = torch.rand(4, 3, 16, 16)
     Game(Accelerator(cpu=True), tokenizer, losses, None, discriminator, adversarial).first_half(images)
     assert len(kept) > 20 and alive == [0]
@@ -93,7 +93,7 @@ SPECIAL: dict[str, dict[str, Any]] = {"entropy": {"entropy_target": "argmax"}, "
 def test_no_value_is_asked_for_in_a_step(quantizer: str, tmp_path: Path) -> None:
     """Which on the meta device is an error, and would make a GPU's host wait."""
     config = tiny_config(tmp_path, quantizer={"type": quantizer, **SPECIAL.get(quantizer, {})})
-    adversarial = DiscriminatorConfig(adaptive_weight=True, r1_weight=1.0)
+    adversarial = StyleGAN2Config(adaptive_weight=True, r1_weight=1.0)
     with torch.device("meta"):
         tokenizer = tiny_tokenizer(config.quantizer)
         discriminator = StyleGAN2Discriminator(16, channel_base=128, channel_max=16)
