@@ -1,12 +1,13 @@
 """A new quantizer, discriminator, loss term and data source: each is one file and one line.
 
-A copy of the package gets a file for each and has one line changed for each. What comes out trains, resumes bit for
-bit, describes, validates and tokenizes like what the package came with.
+A copy of the package gets a file for each, as docs/extending.md has them, and has one line changed for each. What comes
+out trains, resumes bit for bit, describes, validates and tokenizes like what the package came with.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,183 +20,9 @@ from runs import assert_same_bits, metrics, tensors
 import vqgan_accel
 
 PACKAGE = Path(vqgan_accel.__file__).parent
-
-QUANTIZER = """
-from typing import Literal
-
-import torch
-from torch import Tensor
-
-from vqgan_accel.models.quantizers.base import Quantizer, QuantizerOutput, straight_through
-from vqgan_accel.sections import Learning, QuantizerSection
-
-
-class SignsConfig(QuantizerSection):
-    type: Literal["signs"]
-    dimensions: int = 4
-    scale: float = 1.0
-    pull: Learning[float] = 0.25
-
-    @property
-    def num_codes(self) -> int:
-        return 2**self.dimensions
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.dimensions
-
-    def build(self) -> Quantizer:
-        return SignQuantizer(self.dimensions, self.scale, self.pull)
-
-    def at_step(self, step: int, steps_per_epoch: int | None) -> dict[str, float]:
-        return {"pull": self.pull * (step + 1)}
-
-
-class SignQuantizer(Quantizer):
-    def __init__(self, dimensions: int, scale: float, pull: float) -> None:
-        super().__init__()
-        self.num_codes, self.input_channels, self.scale, self.pull = 2**dimensions, dimensions, scale, pull
-        self.register_buffer("powers", 2 ** torch.arange(dimensions), persistent=False)
-
-    def choose_float(self, latents: Tensor) -> Tensor:
-        return ((latents > 0) * self.powers.view(-1, 1, 1)).sum(1)
-
-    def codes_to_latents(self, codes: Tensor) -> Tensor:
-        return self.scale * ((codes[:, None] // self.powers.view(-1, 1, 1) % 2) * 2.0 - 1)
-
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
-        codes = self.choose_float(latents)
-        quantized = self.codes_to_latents(codes)
-        loss = self.pull * (latents - quantized.detach()).square().mean()
-        return QuantizerOutput(straight_through(latents, quantized), codes, loss, {"pull_loss": loss.detach()})
-"""
-
-DISCRIMINATOR = """
-from contextlib import nullcontext
-from typing import Literal
-
-from torch import Tensor, nn
-
-from vqgan_accel.models.discriminators.base import Discriminator
-from vqgan_accel.models.precision import without_autocast
-from vqgan_accel.sections import DiscriminatorSection
-
-
-class PatchesConfig(DiscriminatorSection):
-    type: Literal["patches"] = "patches"
-    channels: int = 8
-
-    def build(self, image_size: int) -> Discriminator:
-        return Patches(self.channels)
-
-
-class Patches(Discriminator):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, channels, 4, 2, 1), nn.SiLU(), nn.Conv2d(channels, 1, 4, 2, 1))
-
-    def forward(self, images: Tensor, full_precision: bool = False) -> Tensor:
-        with without_autocast(images) if full_precision else nullcontext():
-            return self.body(images).float()
-"""
-
-TERM = """
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from vqgan_accel.distributed import mean_over_processes
-from vqgan_accel.losses.terms import LossTerm
-from vqgan_accel.sections import TermSection
-
-
-class AnchorsConfig(TermSection):
-    weight: float = 0.1
-    decay: float = 0.5
-
-    def build(self) -> LossTerm:
-        return Anchors(self.weight, self.decay)
-
-
-class Anchors(LossTerm):
-    anchor: Tensor
-    new: Tensor
-
-    def __init__(self, weight: float, decay: float) -> None:
-        super().__init__()
-        self.weight, self.decay = weight, decay
-        self.register_buffer("anchor", torch.zeros(()))
-        self.register_buffer("new", torch.zeros(2), persistent=False)
-
-    def on_reconstruction(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        return (reconstruction.mean((2, 3)) - images.mean((2, 3))).square().mean()
-
-    def on_fake(self, logits: Tensor) -> Tensor:
-        return F.relu(self.anchor - logits).square().mean()
-
-    def on_real(self, logits: Tensor) -> Tensor:
-        self.new += torch.stack([logits.detach().mean(), torch.ones(())])
-        return F.relu(logits - self.anchor).square().mean()
-
-    def apply_update(self) -> None:
-        total, rounds = mean_over_processes(self.new)
-        if rounds:
-            self.anchor.lerp_(total / rounds, 1 - self.decay)
-        self.discard_update()
-
-    def discard_update(self) -> None:
-        self.new.zero_()
-"""
-
-SOURCE = """
-import numpy as np
-from PIL import Image
-
-from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import Labels
-
-
-def open_split(config: DataConfig, split: str, key: str) -> "Gradients":
-    return Gradients(split)
-
-
-class Gradients:
-    def __init__(self, split: str) -> None:
-        self.split, self.title = split, f"gradients[{split}]"
-
-    def __len__(self) -> int:
-        return 8
-
-    def name(self, index: int) -> str:
-        return f"{self.title} {index}"
-
-    def file_name(self, index: int) -> str:
-        return str(index)
-
-    def stored_names(self) -> list[str] | None:
-        return [str(index) for index in range(len(self))]
-
-    def labels(self) -> Labels | None:
-        return None
-
-    def fingerprint(self) -> str:
-        return f"8 gradients of {self.split}"
-
-    def stored(self, index: int) -> bytes:
-        return self.open(index).tobytes()
-
-    def open(self, index: int) -> Image.Image:
-        rows = np.random.default_rng(index + 100 * len(self.split)).integers(0, 256, (16, 16, 3))
-        return Image.fromarray(rows.astype(np.uint8))
-"""
-
-# file -> its text; and in which file which line becomes which (with the import that it needs)
-FILES = {
-    "models/quantizers/signs.py": QUANTIZER,
-    "models/discriminators/patches.py": DISCRIMINATOR,
-    "losses/anchors.py": TERM,
-    "data/gradients.py": SOURCE,
-}
+PAGE = PACKAGE.parent / "docs" / "extending.md"
+# file -> its text, as the page has it; and in which file which line becomes which (with the import that it needs)
+FILES = dict(re.findall(r"^```python\n# vqgan_accel/(\S+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 LINES = {
     "config/quantizers.py": (
         "QuantizerConfig = StandardQuantizerConfig |",
@@ -236,6 +63,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     copy = folder / "vqgan_accel"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert len(FILES) == len(LINES) == 4
     for name, text in FILES.items():
         (copy / name).write_text(text)
     for name, (line, changed) in LINES.items():

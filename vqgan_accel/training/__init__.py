@@ -1,1 +1,1 @@
-"""How it learns: the loop, its two steps, schedules, the codebook's upkeep, checkpoints, tracking."""
+"""How it learns: the loop, the two halves of a step, schedules, the codebook's upkeep, checkpoints, tracking."""
