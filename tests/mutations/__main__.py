@@ -1,6 +1,6 @@
 """Wrong lines, planted one at a time: is there a test that sees each?
 
-    python tests/mutations [--only TEXT] [--jobs 1] [--table docs/mutations.md]
+    python tests/mutations [--only TEXT] [--skip N] [--jobs 1] [--table docs/mutations.md]
 
 For each entry of catalogue.py the line is changed in a clone of the last commit, and the fast tests that are named for
 its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An entry whose
@@ -80,10 +80,12 @@ def outcomes(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants with this text in their file or their effect")
+    parser.add_argument("--skip", type=int, default=0, help="as many of them, from the first on")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", type=Path, help="write the outcome as a Markdown table")
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if options.only in f"{mutant.file} {mutant.effect}"]
+    mutants = mutants[options.skip :]
     rows, survived = [], 0
     for mutant, killed_by in outcomes(mutants, options.jobs):
         survived += killed_by is None

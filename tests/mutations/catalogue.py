@@ -18,23 +18,24 @@ class Mutant(NamedTuple):
 ORACLE = ("test_plan.py", "test_plain_trainer.py")
 # file -> the fast tests that watch it, the quickest first. The first pattern that fits counts.
 TESTS = {
-    "training/plan.py": ("test_plan.py", "test_schedules.py", "test_config.py", "test_plain_trainer.py"),
+    "training/plan.py": ("test_plan.py", "test_plain_trainer.py"),
     "schedules.py": ("test_schedules.py", "test_plan.py"),
     "training/checkpoint.py": ("test_state.py", "test_training.py"),
-    "training/state.py": ("test_state.py", "test_training.py"),
-    "training/codebook.py": ("test_codebook.py", "test_plain_trainer.py"),
+    "training/state.py": ("test_state.py", "test_bad_steps.py", "test_plain_trainer.py", "test_training.py"),
+    "training/codebook.py": ("test_codebook.py", "test_bad_steps.py", "test_state.py", "test_plain_trainer.py"),
     "training/pace.py": ("test_pace.py",),
     "training/tracking.py": ("test_pace.py", "test_training.py", "test_report.py"),
-    "training/loop.py": ("test_bad_steps.py", "test_training.py", "test_plain_trainer.py"),
-    "training/*": (
+    "training/adversary.py": (
         "test_losses.py",
-        "test_training.py",
         "test_plain_trainer.py",
-        "test_state.py",
+        "test_mixed_precision.py",
         "test_fine_tuning.py",
     ),
+    "training/round.py": ("test_losses.py", "test_plain_trainer.py"),
+    "training/networks.py": ("test_plain_trainer.py", "test_fine_tuning.py", "test_training.py"),
+    "training/*": ("test_plain_trainer.py", "test_bad_steps.py", "test_training.py", "test_fine_tuning.py"),
     "losses/*": ("test_losses.py", "test_plain_trainer.py"),
-    "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_tokenizer.py"),
+    "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_plain_trainer.py"),
     "models/discriminators/*": ("test_stylegan2.py", "test_convolution.py", "test_discriminators.py"),
     "models/tokenizer.py": ("test_tokenizer.py",),
     "data/order.py": ("test_data_order.py", "test_data_loading.py"),
@@ -42,7 +43,8 @@ TESTS = {
     "data/lanes.py": ("test_data_stream.py",),
     "evaluation/reconstruct.py": ("test_reconstruct.py",),
     "evaluation/*": ("test_metrics.py", "test_evaluation.py"),
-    "config/*": ("test_config.py", "test_sections.py"),
+    "config/metrics.py": ("test_training.py", "test_report.py"),
+    "config/*": ("test_config.py", "test_sections.py", "test_plan.py", "test_plain_trainer.py"),
 }
 
 
