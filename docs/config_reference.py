@@ -2,25 +2,22 @@
 
     python docs/config_reference.py
 
-The schema is walked, and a field's meaning is its description. tests/test_docs.py holds the page to what this writes.
-Types and bounds are spelled here, so that no version of pydantic changes the page.
+Only the page's layout is here: what it says of a key is what `vqgan-accel keys` says (vqgan_accel/config/keys.py).
+tests/test_docs.py holds the page to what this writes.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-import types
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from vqgan_accel.config import Config
 from vqgan_accel.config.autoencoders import ConvolutionalConfig
-from vqgan_accel.sections import Duration, OneOf, sections_of, type_of
+from vqgan_accel.config.keys import keys_of
+from vqgan_accel.sections import sections_of, type_of
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -34,7 +31,7 @@ file, and as `section.key=value` on the command line, where the last one wins: `
 `discriminator=null`, `'training.validation_metrics=[psnr, codebook]'`, `discriminator.start="2 epochs"`. What is not
 given has the default. An unknown key, a wrong type or an impossible combination stops before anything starts, in a
 sentence that names the key. A run folder's `config.yaml` holds every key with its value. `${oc.env:NAME}` stands for a
-variable of the environment.
+variable of the environment. `vqgan-accel keys` prints what is below, `vqgan-accel keys training` one section of it.
 
 A *duration* is a number and a unit, `500 steps` (of the optimizer) or `7.5 epochs`. A *list* is written `[a, b]`.
 *null* is YAML's word for nothing. `1e-4` is a number and needs no quotes.
@@ -45,86 +42,6 @@ what each metric is.
 TAIL = """\
 Next: [exactness](exactness.md), the two promises.
 """
-
-
-# ---- types, bounds, defaults
-
-
-def plain(annotation: Any) -> Any:
-    return plain(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
-
-
-def parts_of(annotation: Any) -> list[Any]:
-    """The members of a union; the annotation itself where it is none."""
-    annotation = plain(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [part for member in get_args(annotation) for part in parts_of(member)]
-    return [annotation]
-
-
-def type_name(annotation: Any) -> str:
-    """As a reader of YAML would say it; `null` where it may be."""
-    names = [_one_type(part) for part in parts_of(annotation)]
-    return ", ".join(name for name in names if name != "null") + (", or null" if "null" in names else "")
-
-
-def _one_type(annotation: Any) -> str:
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
-    if annotation in names:
-        return names[annotation]
-    if annotation is Duration:
-        return "duration"
-    if get_origin(annotation) is Literal:
-        return _either(get_args(annotation))
-    if get_origin(annotation) is tuple:
-        members = get_args(annotation)
-        if members[-1] is Ellipsis:
-            return f"list: {_plural(_one_type(plain(members[0])))}"
-        return f"list of {len(members)} {_plural(_one_type(plain(members[0])))}"
-    raise TypeError(f"no words for the type {annotation}")
-
-
-def _either(values: Sequence[object]) -> str:
-    *others, last = (f"`{value}`" for value in values)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _plural(name: str) -> str:
-    return name.replace("number", "numbers")
-
-
-def bounds(field: FieldInfo) -> str:
-    """Of the field's own constraints: `> 0`, `0 to 1`, ..."""
-    known = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "min_length": "not empty"}
-    found = []
-    for name, words in known.items():
-        for constraint in field.metadata:
-            value = getattr(constraint, name, None)
-            if value is not None:
-                found.append(words.format(value_text(value)))
-    for constraint in field.metadata:
-        if getattr(constraint, "pattern", None) == "^[0-9a-f]{64}$":
-            found.append("64 hexadecimal digits")
-        elif getattr(constraint, "pattern", None) is not None:
-            raise TypeError(f"no words for the pattern {constraint.pattern}")
-    return " and ".join(found)
-
-
-def value_text(value: Any) -> str:
-    """As YAML has it."""
-    if isinstance(value, Duration):
-        return str(value)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(value_text(member) for member in value)}]"
-    if isinstance(value, float):
-        mantissa, _, exponent = repr(value).partition("e")
-        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-    return str(value)
-
-
-# ---- the page
 
 
 def meaning(section: type[BaseModel], name: str) -> str:
@@ -142,17 +59,18 @@ def introduction(section: type[BaseModel]) -> list[str]:
 
 
 def table(section: type[BaseModel], prefix: str) -> list[str]:
+    """Of the section's own keys, and below it those of the sections in it."""
     rows = []
-    for name, field in sorted(section.model_fields.items(), key=lambda item: item[0] != "type"):
-        if sections_of(field.annotation):
-            continue
-        names = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
-        kind = _either(names) if names else type_name(field.annotation)
-        allowed = "; ".join(part for part in (kind, bounds(field)) if part)
-        default = "must be given" if field.is_required() else f"`{value_text(field.default)}`"
-        cells = [f"`{prefix}{name}`", allowed, default, meaning(section, name)]
+    for key in keys_of(section, prefix):
+        default = "must be given" if key.required else f"`{key.default}`"
+        cells = [f"`{key.name}`", key.allowed, default, meaning(section, key.name.removeprefix(prefix))]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return ["| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""]
+    lines = ["| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""]
+    for name, field in section.model_fields.items() if prefix else ():
+        for inner in sections_of(field.annotation):
+            title = [f"### {prefix}{name}", "", f"{meaning(section, name)}.", ""]
+            lines += [*title, *introduction(inner), *table(inner, f"{prefix}{name}.")]
+    return lines
 
 
 def page() -> str:

@@ -104,6 +104,8 @@ COMMAND = "from vqgan_accel.cli import main; main({})"
         (COMMAND.format(["--version"]), []),
         (COMMAND.format(["train", "--help"]), []),
         (COMMAND.format(["recipes"]), []),
+        (COMMAND.format(["keys"]), ["pydantic"]),
+        (COMMAND.format(["keys", "--json-schema"]), ["pydantic"]),
         (COMMAND.format(["train", "no.yaml"]), ["pydantic"]),
         (COMMAND.format(["train", "demo", "training.maxsteps=1"]), ["pydantic"]),
         (COMMAND.format(["describe", "imagenet/standard_vqgan_cb1024_adaptive_R1"]), ["torch", "pydantic"]),

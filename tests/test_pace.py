@@ -11,6 +11,7 @@ import torch
 from vqgan_accel.config import Config, DataConfig, parse_config
 from vqgan_accel.training.pace import ENOUGH_STEPS, Pace, Work, peak_tflops
 from vqgan_accel.training.plan import make_plan
+from vqgan_accel.training.tracking import log_line
 from vqgan_accel.words import duration
 
 
@@ -69,6 +70,20 @@ def test_images_and_arithmetic_a_second_are_those_of_the_mean_step(clock: Clock)
     assert plain["tflops"] == pytest.approx(3e-3 * 32 / 2.0)  # of each of the two devices
     run(pace, clock, 1, data=0, compute=4)
     assert pace.report(adversarial=True)["tflops"] == pytest.approx(5e-3 * 32 / 4.0)
+
+
+@pytest.mark.parametrize(
+    ("step_time", "data_time", "images", "words"),
+    [
+        (0.352, 0.0106, 91.2, "0.352 s a step (91 images/s), 3% of it for images"),
+        (0.05, 0, 5120.4, "0.05 s a step (5,120 images/s)"),
+        (3.2, 0.01, 1.25, "3.2 s a step (1.2 images/s)"),
+    ],
+)
+def test_a_log_line_says_how_fast_it_goes(step_time: float, data_time: float, images: float, words: str) -> None:
+    clock = {"step_time": step_time, "data_time": data_time, "images_per_second": images}
+    assert log_line(20, 1000, {"total": 0.25}, clock, "5 s left") == f"step 20 of 1,000: loss 0.25; {words}; 5 s left"
+    assert log_line(1, 1000, {"total": 0.25}, {"step_time": 0.0}, "") == "step 1 of 1,000: loss 0.25"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,13 +35,14 @@ from vqgan_accel.report.charts import (
     WIDTH,
     Line,
     chart,
+    known,
     number,
     padded,
     scale,
     sections,
     thinned,
 )
-from vqgan_accel.report.compare import NO_PROTOCOL, compare, score_tables
+from vqgan_accel.report.compare import NO_PROTOCOL, compare, fact_table, score_tables
 from vqgan_accel.report.run import Run, read_run, read_runs, short_names
 from vqgan_accel.run_folder import pictures
 from vqgan_accel.training.loop import train
@@ -207,6 +209,7 @@ def test_every_value_that_a_run_logs_has_a_place_on_the_page(quantizer: str, tmp
     kind = {"type": quantizer, **settings.pop("quantizer", {})}
     run = train(tiny_config(tmp_path, quantizer=kind, **settings))
     drawn = sections(read_runs([run]))
+    assert {known(name)[0] for name in ("mfu", "peak_memory")} == {"Speed"}  # which a GPU's clock has
     assert "Others" not in drawn and {"Losses", "Adversarial", "Optimization", "Speed", "Codebook"} <= drawn.keys()
 
 
@@ -306,6 +309,15 @@ def test_the_table_says_what_differs_between_the_configs(three: dict[str, Path])
     assert "output_dir" not in rows and "data.image_size" not in rows
     assert rows["state"] == ["finished, 4 steps"] * 2
     assert float(rows["psnr (dB)"][1]) == metrics(three["b"])[-1]["validation/psnr"]  # unrounded
+
+
+def test_the_table_has_the_speed_of_a_typical_interval_and_the_most_memory(three: dict[str, Path]) -> None:
+    run = read_run(three["a"], "a")
+    own = [line | {"mfu": line["step"] / 10, "peak_memory": float(line["step"])} for line in run.clock]
+    cells = {row.name: row.cells for row in fact_table([Run(**vars(run) | {"clock": own}), run]).rows}
+    rates = [line["images_per_second"] for line in run.clock if "images_per_second" in line]
+    assert len(rates) == 3 and cells["images/s"][1] == pytest.approx(statistics.median(rates))
+    assert cells["share of its bfloat16 rate (MFU)"] == [0.25, None] and cells["most GPU memory (GiB)"] == [4.0, None]
 
 
 def test_the_three_forms_of_the_table_say_the_same(three: dict[str, Path]) -> None:

@@ -66,6 +66,13 @@ def _add_configs(parsers: Subparsers) -> None:
     _take_config(describe)
     describe.add_argument("--json", action="store_true", help="print JSON")
 
+    keys = _add(
+        parsers, "keys", "The keys of a config: type, default and meaning of all, or of some.", commands.run_keys
+    )
+    taken = keys.add_argument("prefix", nargs="?", default="", help="how they begin: training, quantizer.kl")
+    taken.completer = complete_key  # type: ignore[attr-defined]
+    keys.add_argument("--json-schema", action="store_true", help="print the JSON schema of a config file, for editors")
+
 
 def _add_data(parsers: Subparsers) -> None:
     data_info = _add(
@@ -247,3 +254,10 @@ def complete_override(prefix: str, **_: object) -> list[str]:
     keys = config_keys()
     sections = {key.rpartition(".")[0] for key in keys}
     return [f"{key}=" for key in keys if key.startswith(prefix) and key not in sections]
+
+
+def complete_key(prefix: str, **_: object) -> list[str]:
+    """Config keys and sections that begin so."""
+    from vqgan_accel.config import config_keys
+
+    return [key for key in config_keys() if key.startswith(prefix)]

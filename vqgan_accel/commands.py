@@ -44,6 +44,14 @@ def run_describe(options: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=2) if options.json else "\n".join(description_lines(summary)))
 
 
+def run_keys(options: argparse.Namespace) -> None:
+    from vqgan_accel.config import json_schema, key_lines
+
+    if options.json_schema and options.prefix:
+        raise ValueError("--json-schema is of a whole config file: leave the prefix out")
+    print(json.dumps(json_schema(), indent=2) if options.json_schema else "\n".join(key_lines(options.prefix)))
+
+
 def run_recipes(options: argparse.Namespace) -> None:
     from vqgan_accel.recipes import recipes, summary
 

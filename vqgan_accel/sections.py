@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
     from vqgan_accel.losses.terms import LossTerm
     from vqgan_accel.models.discriminators.base import Discriminator
@@ -97,6 +97,15 @@ class ByType:
         choices = {type_of(section): handler.generate_schema(section) for section in sections_of(annotation)}
         tagged = core_schema.tagged_union_schema(choices, discriminator="type")
         return core_schema.no_info_before_validator_function(self._with_type, tagged)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Whatever has no `type` is the default, and nothing else."""
+        found = handler(schema)
+        default = found["discriminator"]["mapping"].get(self.default)
+        found["oneOf"] = [
+            part if part["$ref"] == default else {"allOf": [part, {"required": ["type"]}]} for part in found["oneOf"]
+        ]
+        return found
 
     def _with_type(self, value: object) -> object:
         if isinstance(value, dict) and self.default is not None:

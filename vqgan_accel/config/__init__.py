@@ -14,7 +14,7 @@ from vqgan_accel.config.autoencoders import (
 )
 from vqgan_accel.config.data import DataConfig
 from vqgan_accel.config.discriminators import DiscriminatorConfig, StyleGAN2Config
-from vqgan_accel.config.keys import config_keys
+from vqgan_accel.config.keys import config_keys, json_schema, key_lines
 from vqgan_accel.config.losses import LossConfig
 from vqgan_accel.config.metrics import LOWER_IS_BETTER, METRIC_RESULTS, Metric, is_better
 from vqgan_accel.config.quantizers import (
@@ -58,6 +58,8 @@ __all__ = [
     "config_keys",
     "flat_config",
     "is_better",
+    "json_schema",
+    "key_lines",
     "literal",
     "load_config",
     "parse_config",

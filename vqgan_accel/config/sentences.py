@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from vqgan_accel.config.keys import config_keys
+from vqgan_accel.config.keys import config_keys, nearest_key
 from vqgan_accel.config.schema import Config
 from vqgan_accel.sections import sections_of, type_of
 
@@ -62,13 +61,7 @@ def _either(names: Sequence[str]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    keys = config_keys()
-    if key in keys:
+    if key in config_keys():
         return f": '{key}' belongs to another {key.split('.')[0]}.type"
-    leaf = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    near = near or [known for known in keys if known.rsplit(".", 1)[-1] == leaf][:1]
-    if not near:
-        leaves = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
-    return f"; did you mean '{near[0]}'?" if near else "; `vqgan-accel keys` lists all there are"
+    near = nearest_key(key)
+    return f"; did you mean '{near}'?" if near else "; `vqgan-accel keys` lists all there are"

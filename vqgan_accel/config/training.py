@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from vqgan_accel.config.metrics import METRIC_RESULTS, MetricNames
 from vqgan_accel.sections import Duration, DurationField, Section
@@ -15,7 +15,11 @@ def _yaml_no(value: object) -> object:
     return "no" if value is False else value  # YAML 1.1 reads an unquoted no as false
 
 
-PrecisionField = Annotated[Literal["auto", "no", "bf16"], BeforeValidator(_yaml_no)]
+PrecisionField = Annotated[
+    Literal["auto", "no", "bf16"],
+    BeforeValidator(_yaml_no),
+    WithJsonSchema({"enum": ["auto", "no", "bf16", False]}),
+]
 
 
 class TrainingConfig(Section):

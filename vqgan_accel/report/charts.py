@@ -44,6 +44,10 @@ KNOWN = {
     "reinitialised_codes": ("Codebook", "Codes that were replaced", ""),
     "step_time": ("Speed", "Seconds a step", "in all"),
     "data_time": ("Speed", "Seconds a step", "waiting for images"),
+    "images_per_second": ("Speed", "Images a second", ""),
+    "tflops": ("Speed", "TFLOP a second, each device", ""),
+    "mfu": ("Speed", "Share of the device's bfloat16 rate (MFU)", ""),
+    "peak_memory": ("Speed", "Most GPU memory so far, GiB", ""),
     "skipped_images": ("Speed", "Unreadable images so far", ""),
 }
 SECTIONS = ("Validation", "Losses", "Adversarial", "Codebook", "Optimization", "Speed", "Others")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,14 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """The median over the logged intervals."""
+        """The median over the logged intervals; of older runs too, whose clock has the seconds of a step alone."""
         times = [line["step_time"] for line in self.clock if line["step_time"]]
         return self.config.training.total_batch_size / statistics.median(times) if self.config and times else None
+
+    def of_clock(self, name: str, of: Callable[[list[float]], float] = statistics.median) -> float | None:
+        """Of a value that clock.jsonl may have, by default the median."""
+        values = [line[name] for line in self.clock if name in line]
+        return of(values) if values else None
 
     def curves(self) -> dict[str, Points]:
         """Metric -> its values; what was not finite is left out."""

@@ -112,7 +112,9 @@ def log_line(step: int, total_steps: int, values: dict[str, float], clock: dict[
     parts = [f"step {step:,} of {total_steps:,}: {numbers}"]
     if clock["step_time"]:
         waits = clock["data_time"] / clock["step_time"]
-        parts.append(f"{clock['step_time']:.3g} s a step" + (f", {waits:.0%} of it for images" if waits > 0.01 else ""))
+        images = f"{clock['images_per_second']:{',.0f' if clock['images_per_second'] >= 10 else '.2g'}}"
+        speed = f"{clock['step_time']:.3g} s a step ({images} images/s)"
+        parts.append(speed + (f", {waits:.0%} of it for images" if waits > 0.01 else ""))
     return "; ".join([*parts, left] if left else parts)
 
 
