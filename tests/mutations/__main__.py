@@ -2,10 +2,10 @@
 
     python tests/mutations [--only TEXT] [--skip N] [--jobs 1] [--table docs/mutations.md]
 
-For each entry of catalogue.py the line is changed in a clone of the last commit, and the fast tests that are named for
-its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An entry whose
-line is not there any more, or is there twice, is an error: put it right with the code. It takes about ten seconds a
-mutant; nothing runs it but people.
+For each entry of audit.py and own.py the line is changed in a clone of the last commit, and the fast tests that are
+named for its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An
+entry whose line is not there any more, or is there twice, is an error: put it right with the code. It takes about ten
+seconds a mutant; nothing runs it but people.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from catalogue import MUTANTS, Mutant, tests_of
+from audit import AUDIT
+from mutant import Mutant, tests_of
+from own import OWN
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -84,7 +86,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", type=Path, help="write the outcome as a Markdown table")
     options = parser.parse_args()
-    mutants = [mutant for mutant in MUTANTS if options.only in f"{mutant.file} {mutant.effect}"]
+    mutants = [mutant for mutant in [*AUDIT, *OWN] if options.only in f"{mutant.file} {mutant.effect}"]
     mutants = mutants[options.skip :]
     rows, survived = [], 0
     for mutant, killed_by in outcomes(mutants, options.jobs):
