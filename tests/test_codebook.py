@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy.stats import chisquare
+from tiny import NEAREST, tiny_quantizer
 from torch import Tensor
 from torch.optim import AdamW
 
-from vqgan_accel.models.quantizers import CodebookQuantizer, EMAQuantizer, EntropyQuantizer, StandardQuantizer
+from vqgan_accel.models.quantizers import CodebookQuantizer, EMAQuantizer, StandardQuantizer
 from vqgan_accel.training import codebook
 from vqgan_accel.training.codebook import (
     CodebookUsage,
@@ -22,12 +23,11 @@ from vqgan_accel.training.codebook import (
 )
 
 K, D = 24, 6
+SPECIAL = {"ema": {"decay": 0.9}, "entropy": {"entropy_temperature": 0.5}}
 BUILDERS: dict[str, Callable[[], CodebookQuantizer]] = {
-    "standard": lambda: StandardQuantizer(K, D, 0.25),
-    "ema": lambda: EMAQuantizer(K, D, 0.25, decay=0.9, epsilon=1e-5),
-    "entropy": lambda: EntropyQuantizer(K, D, 0.25, ratio=0.1, temperature=0.5, target="softmax"),
+    kind: tiny_quantizer(kind, num_codes=K, embedding_dim=D, **SPECIAL.get(kind, {})).build for kind in NEAREST
 }
-each_codebook = pytest.mark.parametrize("name", BUILDERS)
+each_codebook = pytest.mark.parametrize("name", NEAREST)
 SHARDINGS = [(1, 1), (1, 2), (2, 1), (2, 2)]  # processes P, accumulation rounds k
 
 

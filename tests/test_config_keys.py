@@ -18,7 +18,7 @@ import datasets
 import pytest
 import torch
 from helpers import TAMING
-from tiny import DISCRIMINATOR, tiny_config, write_splits
+from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, write_splits
 
 import vqgan_accel
 from vqgan_accel.config import Config, DataConfig, EvaluationConfig, LossConfig, WeightFiles, config_keys
@@ -107,12 +107,12 @@ def train_every_kind(folder: Path) -> None:
     tracking = {"trackers": ["tensorboard", "wandb"], "wandb_mode": "offline"}
     more = {"discriminator": adversarial, "training": everything, "tracking": tracking, "data": {"on_error": "skip"}}
     (write_splits(folder / "standard" / "images") / "train" / "broken.png").touch()
-    for kind in ("standard", "ema", "entropy"):
-        quantizer = {"type": kind, "reinit_every_epochs": 1}
+    for kind in QUANTIZERS:
+        quantizer = {"type": kind, **having(kind, reinit_every_epochs=1)}
         train(tiny_config(folder / kind, quantizer=quantizer, **(more if kind == "standard" else {})))
     evaluate(folder / "entropy" / "run", overrides=["evaluation.split=test"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
-    train(tiny_config(folder / "gumbel", quantizer={"type": "gumbel"}, data=hub))
+    train(tiny_config(folder / "hub", data=hub))
     train(tiny_config(folder / "taming", autoencoder=TAMING, data={"validation_fraction": 0.3}))
     warm = {**DISCRIMINATOR, "warmup": "1 step"}
     decoder = {"init_from": str(folder / "ema" / "run"), "decoder_only": True}

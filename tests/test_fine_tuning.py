@@ -10,7 +10,7 @@ import torch
 from helpers import GOLDEN, TAMING
 from runs import metrics, tensors
 from safetensors.torch import load_file
-from tiny import DISCRIMINATOR, tiny_config, write_splits
+from tiny import DISCRIMINATOR, QUANTIZERS, tiny_config, write_splits
 from torch import Tensor
 
 from vqgan_accel.config import Config
@@ -75,7 +75,7 @@ def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(saved: 
 
 
 @pytest.mark.parametrize("architecture", ["maskgit", "taming"])
-@pytest.mark.parametrize("quantizer", ["standard", "ema", "entropy", "gumbel"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_decoder_only_changes_the_decoder_and_no_code(quantizer: str, architecture: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"quantizer": {"type": quantizer}, "discriminator": ADVERSARIAL}
     if architecture == "taming":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import load_golden, relative_error
 from scipy.stats import chisquare
+from tiny import NEAREST, QUANTIZERS, having, tiny_quantizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,26 +29,24 @@ K, D = 32, 16
 DECAY, EPSILON = 0.9, 1e-5
 
 
-def gumbel_with_kl_cost() -> GumbelQuantizer:
-    quantizer = GumbelQuantizer(K, D, straight_through=False)
-    quantizer.kl_cost = 0.5
-    return quantizer
-
-
-BUILDERS: dict[str, Callable[[], Quantizer]] = {
-    "standard": lambda: StandardQuantizer(K, D, commitment_cost=0.25),
-    "ema": lambda: EMAQuantizer(K, D, commitment_cost=0.25, decay=DECAY, epsilon=EPSILON),
-    "entropy": lambda: EntropyQuantizer(K, D, 0.25, ratio=0.1, temperature=0.5, target="softmax"),
-    "gumbel": gumbel_with_kl_cost,
+# what of a type is not as its section has it
+SPECIAL: dict[str, dict[str, float]] = {
+    "ema": {"decay": DECAY, "epsilon": EPSILON},
+    "entropy": {"entropy_temperature": 0.5},
 }
 
 
 def build(name: str) -> Quantizer:
-    """With codes of unit scale in place of U(-1/K, 1/K)."""
+    """K codes of D numbers where its section says so, of unit scale in place of U(-1/K, 1/K)."""
     torch.manual_seed(0)
-    quantizer = BUILDERS[name]()
+    size = having(name, num_codes=K, embedding_dim=D)
+    quantizer = tiny_quantizer(name, **size, **SPECIAL.get(name, {})).build()
+    if isinstance(quantizer, GumbelQuantizer):
+        quantizer.kl_cost = 0.5
     with torch.no_grad():
-        (quantizer.sums if isinstance(quantizer, EMAQuantizer) else quantizer.codebook).normal_()
+        for key in ("codebook", "sums"):
+            if hasattr(quantizer, key):
+                getattr(quantizer, key).normal_()
     return quantizer
 
 
@@ -78,8 +76,8 @@ def tokens_of(latents: Tensor) -> list[Tensor]:
     ]
 
 
-each_quantizer = pytest.mark.parametrize("name", BUILDERS)
-each_codebook = pytest.mark.parametrize("name", ["standard", "ema", "entropy"])
+each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
+each_codebook = pytest.mark.parametrize("name", NEAREST)
 each_variant = pytest.mark.parametrize("variant", ["old", "head"])
 
 

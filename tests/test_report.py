@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from runs import metrics, train_until
-from tiny import DISCRIMINATOR, SIZE, SPLITS, tiny_config, write_images
+from tiny import DISCRIMINATOR, QUANTIZERS, SIZE, SPLITS, having, tiny_config, write_images
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import LOWER_IS_BETTER, METRIC_RESULTS
@@ -201,12 +201,10 @@ def test_numbers_at_the_axis_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
 
 
-@pytest.mark.parametrize("quantizer", ["standard", "ema", "gumbel", "entropy"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_value_that_a_run_logs_has_a_place_on_the_page(quantizer: str, tmp_path) -> None:
     settings: dict[str, Any] = {"discriminator": DISCRIMINATOR | {"r1_weight": 1.0}, "training": {"log_every": 1}}
-    if quantizer != "gumbel":
-        settings["quantizer"] = {"reinit_every_epochs": 1}
-    kind = {"type": quantizer, **settings.pop("quantizer", {})}
+    kind = {"type": quantizer, **having(quantizer, reinit_every_epochs=1)}
     run = train(tiny_config(tmp_path, quantizer=kind, **settings))
     drawn = sections(read_runs([run]))
     assert {known(name)[0] for name in ("mfu", "peak_memory")} == {"Speed"}  # which a GPU's clock has

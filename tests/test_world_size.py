@@ -16,8 +16,9 @@ import pytest
 import torch
 from runs import metrics, tensors
 from safetensors.torch import load_file
+from tiny import QUANTIZERS
 from torch import Tensor
-from world_size import CASES, CHANGED_AT, CHANGES, QUANTIZERS, START, STEPS, Case
+from world_size import CASES, CHANGED_AT, CHANGES, START, STEPS, Case
 
 pytestmark = pytest.mark.slow
 

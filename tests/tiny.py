@@ -7,11 +7,32 @@ from typing import Any
 
 from images import noise
 
-from vqgan_accel.config import Config, parse_config
+from vqgan_accel.config import Config, QuantizerConfig, parse_config
+from vqgan_accel.config.quantizers import NearestCodeConfig, QuantizerField
+from vqgan_accel.sections import sections_of, type_of
 
 SIZE = 16  # pixels
 DISCRIMINATOR = {"channel_base": 64, "channel_max": 16, "minibatch_stddev_group": 2}  # 0.1 MB
 SPLITS = {"train": 8, "validation": 3, "test": 3}  # images
+
+QUANTIZER_SECTIONS = {type_of(section): section for section in sections_of(QuantizerField)}
+NEAREST = [kind for kind, section in QUANTIZER_SECTIONS.items() if issubclass(section, NearestCodeConfig)]
+
+
+def having(kind: str, **settings: Any) -> dict[str, Any]:
+    """Those of the settings that this type of quantizer has a key for."""
+    section = QUANTIZER_SECTIONS.get(kind)  # None: of a type that there is not, which a test may ask for
+    return {name: value for name, value in settings.items() if section and name in section.model_fields}
+
+
+def tiny_quantizer(kind: str, **settings: Any) -> QuantizerConfig:
+    """16 codes of 8 numbers where it has keys for that, and else as it is."""
+    values = {"type": kind, **having(kind, num_codes=16, embedding_dim=8), **settings}
+    return QUANTIZER_SECTIONS[kind].model_validate(values)
+
+
+# One of each type that there is: what these are tried with, a new one is tried with, too.
+QUANTIZERS = {kind: tiny_quantizer(kind) for kind in QUANTIZER_SECTIONS}
 
 
 def write_images(folder: Path, n: int, size: int = SIZE, seed: int = 0) -> list[Path]:
@@ -37,11 +58,12 @@ def tiny_config(folder: Path, **overrides: Any) -> Config:
     Overrides are the top-level keys, sections as dicts that are merged into the tiny ones:
     tiny_config(tmp_path, seed=1, training={"max_steps": 4}, quantizer={"type": "gumbel"}, discriminator=DISCRIMINATOR).
     """
+    kind = overrides.get("quantizer", {}).get("type", "standard")
     values: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "data": {"path": str(folder / "images"), "image_size": SIZE, "workers": 0},
         "autoencoder": {"channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1},
-        "quantizer": {"type": "standard", "num_codes": 16, "embedding_dim": 8},
+        "quantizer": {"type": kind, **having(kind, num_codes=16, embedding_dim=8)},
         "losses": {"perceptual_weight": 0},
         "training": {"max_steps": 2, "total_batch_size": 4},
         "evaluation": {"metrics": ["l2", "psnr", "ssim", "codebook"], "batch_size": 2, "grid_images": 2},

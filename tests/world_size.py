@@ -20,7 +20,7 @@ import torch.distributed as dist
 from helpers import TAMING, spread_codebook
 from ranks import Rank, run_ranks
 from safetensors.torch import save_file
-from tiny import DISCRIMINATOR, merged, tiny_config, write_images
+from tiny import DISCRIMINATOR, QUANTIZERS, having, merged, tiny_config, write_images
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,11 +35,9 @@ from vqgan_accel.training.setup import Run
 
 STEPS, BATCH, IMAGES = 20, 8, 40  # 5 steps an epoch
 R1_EVERY, START = 3, 2  # adversarial steps from step 2 on, R1 on 2, 5, 8, ...
-QUANTIZERS: dict[str, dict[str, Any]] = {
-    "standard": {"reinit_every_epochs": 2},
-    "ema": {"reinit_every_epochs": 2, "decay": 0.9},
-    "gumbel": {},
-    "entropy": {"reinit_every_epochs": 2, "reinit_from": "used_codes", "entropy_temperature": 1.0},
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ema": {"decay": 0.9},
+    "entropy": {"reinit_from": "used_codes", "entropy_temperature": 1.0},
 }
 
 
@@ -77,7 +75,11 @@ def settings(case: Case) -> dict[str, Any]:
     return {
         "data": {"workers": 0},
         **({"autoencoder": TAMING} if case.architecture == "taming" else {}),
-        "quantizer": {"type": case.quantizer, "num_codes": 64, **QUANTIZERS[case.quantizer]},
+        "quantizer": {
+            "type": case.quantizer,
+            **having(case.quantizer, num_codes=64, reinit_every_epochs=2),
+            **SPECIAL.get(case.quantizer, {}),
+        },
         "losses": {"l1_weight": 0, "l2_weight": 1.0},  # L1 has a kink too
         "discriminator": DISCRIMINATOR | adversarial | {"adaptive_weight": case.weight == "adaptive"},
         "training": {

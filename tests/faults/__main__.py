@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,7 +27,7 @@ import torch.utils.tensorboard  # noqa: F401  here and not in every rank
 from catalogue import BATCH, IMAGES, SEED, STEPS, Fault, faults
 from ranks import Outcome, run_ranks
 from runs import assert_same_bits, metrics, tensors
-from tiny import DISCRIMINATOR, tiny_config, write_images
+from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, write_images
 
 from vqgan_accel.config import save_config
 from vqgan_accel.run_folder import checkpoints
@@ -36,12 +35,7 @@ from vqgan_accel.training import loop  # noqa: F401  here and not in every rank
 from vqgan_accel.training.checkpoint import damage
 
 SAVE_EVERY = 3  # steps, beside the saves of the best
-QUANTIZERS: dict[str, dict[str, Any]] = {
-    "standard": {"reinit_every_epochs": 1},
-    "ema": {"reinit_every_epochs": 1},
-    "gumbel": {},
-    "entropy": {"reinit_every_epochs": 1, "reinit_from": "used_codes"},
-}
+SPECIAL = {"entropy": {"reinit_from": "used_codes"}}
 
 
 def write_run(folder: Path, quantizer: str) -> Path:
@@ -52,7 +46,7 @@ def write_run(folder: Path, quantizer: str) -> Path:
         folder,
         seed=SEED,
         data={"path": str(folder / "images"), "workers": 1},
-        quantizer={"type": quantizer, **QUANTIZERS[quantizer]},
+        quantizer={"type": quantizer, **having(quantizer, reinit_every_epochs=1), **SPECIAL.get(quantizer, {})},
         discriminator=DISCRIMINATOR | {"adaptive_weight": True, "r1_weight": 1.0, "r1_every": 2, "start": "1 step"},
         training={
             "max_steps": STEPS,
