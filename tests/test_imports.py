@@ -25,7 +25,7 @@ FLOORS = (
     ("evaluation", "tokens"),
     ("report", "interop"),
     ("training",),
-    ("new", "decisions", "doctor"),
+    ("new", "looking", "decisions", "doctor"),
     ("commands", "arguments", "cli", "__main__"),
 )
 # Imports that are no climb and close no circle, though they look like it: (importer, imported) -> why.
@@ -36,13 +36,9 @@ EXCEPTIONS = {
 }
 
 MOST_LINES = 320  # of a file
-LONG_FILES = {
-    "new.py": "to be split",
-}
+LONG_FILES: dict[str, str] = {}
 MOST_LINES_OF_A_FUNCTION = 55
-LONG_FUNCTIONS = {
-    "new.py new": "to be split",
-}
+LONG_FUNCTIONS: dict[str, str] = {}
 
 SOURCES = {
     path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))

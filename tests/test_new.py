@@ -15,13 +15,15 @@ from PIL import Image
 from skimage import data as photographs
 from tiny import write_images
 
+import vqgan_accel.looking
 import vqgan_accel.new
 from vqgan_accel.cli import main
 from vqgan_accel.config import load_config
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.make_beton import BetonOptions, make_betons
 from vqgan_accel.decisions import ALIKE, Machine
-from vqgan_accel.new import alikeness, new
+from vqgan_accel.looking import alikeness
+from vqgan_accel.new import new
 from vqgan_accel.training.measure import Timings, measure_step
 from vqgan_accel.training.plan import make_plan
 
@@ -203,7 +205,7 @@ def test_neighbours_in_films_and_patches_are_alike_and_photographs_in_albums_are
 
 
 def test_many_images_are_looked_at_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqgan_accel.new, "LOOKED_AT", 7)
+    monkeypatch.setattr(vqgan_accel.looking, "LOOKED_AT", 7)
     write_images(tmp_path / "p", 40)
     lines = new(str(tmp_path / "p"), None, [])
     assert any("7 of 40 images, evenly spaced, were looked at" in line for line in lines)

@@ -1,5 +1,5 @@
-"""A run folder of revision 886bd5d (November 2026), cut after step 4 of 6, and what that revision made of it: the
-losses in its metrics.jsonl, and the averaged tokenizer of the end in golden/old_run_end.safetensors.
+"""A run folder of revision 886bd5d (November 2026), cut after step 4 of 6, and what that revision made of it: losses
+in its metrics.jsonl, and the averaged tokenizer of the end in golden/old_run_end.safetensors.
 
 It has an average, an EMA codebook with re-initialisation, a discriminator with warm-up and R1, two rounds, clipping.
 """

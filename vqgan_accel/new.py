@@ -5,24 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 
 from vqgan_accel.commented_yaml import commented_yaml, quoted
-from vqgan_accel.config import Config, DataConfig, literal, parse_config, validated
-from vqgan_accel.data.division import Group, Part
-from vqgan_accel.data.info import SplitInfo, split_info
-from vqgan_accel.data.opening import backend_of, open_indexed, open_whole, require_apart
-from vqgan_accel.data.source import ImageSource, MissingSplitError
-from vqgan_accel.data.views import Failure, read_image
+from vqgan_accel.config import Config, literal, parse_config, validated
+from vqgan_accel.data.info import SplitInfo
+from vqgan_accel.data.opening import open_indexed, require_apart
 from vqgan_accel.decisions import (
     HEADROOM,
     Choice,
@@ -35,12 +28,12 @@ from vqgan_accel.decisions import (
     choose_levels,
     choose_networks,
     cost_of,
-    division_of,
     processes,
     run_seconds,
 )
 from vqgan_accel.describe import latent_summary
 from vqgan_accel.files import write_atomically
+from vqgan_accel.looking import cut_off, look, settled_splits
 from vqgan_accel.losses.perceptual import backbone_of
 from vqgan_accel.models.weights import cached_weights
 from vqgan_accel.recipes import recipes
@@ -48,10 +41,6 @@ from vqgan_accel.training.measure import Timings, measure_step, measure_views
 from vqgan_accel.training.plan import Plan, make_plan
 from vqgan_accel.words import duration
 
-LOOKED_AT = 5000  # images, at most
-COMPARED = 500  # pairs of neighbours, at most, and as many of different folders
-USUAL_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
-FEW = 200  # images, for which starting workers takes longer
 UNLIMITED = 10**6  # steps, until it is settled how many
 
 
@@ -96,23 +85,33 @@ def new(data: str, output: Path | None, overrides: Sequence[str]) -> list[str]:
     plan = make_plan(config, pictures.training, number)
 
     comments = {key: choice.why for key, choice in choices.items() if choice.why} | dict.fromkeys(fixed, "given")
-    command = ["vqgan-accel", "train", str(output)]
-    if number > 1:
-        command = ["accelerate", "launch", "--num_processes", str(number), "-m", "vqgan_accel", *command[1:]]
+    command = training_command(output, number)
     estimate = estimated(plan, cost, machine)
     head = [
         f"A tokenizer of {quoted(data)}: {pictures.training:,} training images. Written by `vqgan-accel new`:",
         f"the recipe {machine.recipe}, changed as these pictures and this machine ask for. To train it takes",
         f"{estimate}.",
-        f"  {shlex.join(command)}",
+        f"  {command}",
     ]
+    write_config(output, config, head, comments)
+    lines = said(config, plan, info, pictures, machine, comments)
+    lines |= {"estimate": [estimate], "written": [f"{output}, with the reasons"], "next": [command]}
+    return [f"{'' if place else title:<12}{line}" for title, group in lines.items() for place, line in enumerate(group)]
+
+
+def training_command(file: Path, processes: int) -> str:
+    command = ["vqgan-accel", "train", str(file)]
+    if processes > 1:
+        command = ["accelerate", "launch", "--num_processes", str(processes), "-m", "vqgan_accel", *command[1:]]
+    return shlex.join(command)
+
+
+def write_config(file: Path, config: Config, head: Sequence[str], comments: Mapping[str, str]) -> None:
+    """With a comment at its top and one beside each value that has a reason."""
     text = "".join(f"# {line}\n" for line in head) + commented_yaml(config, comments)
     written = OmegaConf.create(text)
     assert isinstance(written, DictConfig) and parse_config(written) == config
-    write_atomically(output, text)
-    lines = said(config, plan, info, pictures, machine, comments)
-    lines |= {"estimate": [estimate], "written": [f"{output}, with the reasons"], "next": [shlex.join(command)]}
-    return [f"{'' if place else title:<12}{line}" for title, group in lines.items() for place, line in enumerate(group)]
+    write_atomically(file, text)
 
 
 def estimated(plan: Plan, cost: Cost, machine: Machine) -> str:
@@ -206,112 +205,6 @@ def settled(config: Config, choices: Choices, fixed: set[str]) -> Config:
         if key not in fixed and place is not None:
             place[name] = choice.value
     return validated(values, "new")
-
-
-# ---- pictures
-
-
-def settled_splits(data: DataConfig, fixed: set[str]) -> Choices:
-    """What the data set calls its training images, and its validation images if it has some."""
-    choices = {"data.backend": Choice(backend_of(data), "")}
-    split = data.train_split
-    if "data.train_split" not in fixed:
-        split, why = training_split(data)
-        choices["data.train_split"] = Choice(split, why)
-    if split == "." or {"data.validation_split", "data.validation_fraction"} & fixed:
-        return choices
-    found, _ = usual_split(data, "validation")
-    if found is not None:
-        choices["data.validation_split"] = Choice(found, "as it is called there")
-    return choices
-
-
-def training_split(data: DataConfig) -> tuple[str, str]:
-    """(name, why)"""
-    found, missing = usual_split(data, "train")
-    if found is not None:
-        return found, "as it is called there"
-    assert missing is not None
-    if backend_of(data) == "folder":
-        return ".", "all images below data.path, which has no folder named train"
-    if len(missing.known) == 1:
-        return missing.known[0], "the only one there is"
-    raise missing
-
-
-def usual_split(data: DataConfig, side: Literal["train", "validation"]) -> tuple[str | None, MissingSplitError | None]:
-    """The split's name under one of its usual names, in whatever letter case; or None, and what there is instead."""
-    first, *_ = USUAL_NAMES[side]
-    try:
-        open_indexed(data.model_copy(update={f"{side}_split": first, "validation_fraction": None}), side)
-    except MissingSplitError as error:
-        names = (name for usual in USUAL_NAMES[side] for name in error.known if name.lower() == usual)
-        return next(names, None), error
-    return first, None
-
-
-def look(data: DataConfig) -> SplitInfo:
-    """Of the training images, validation's included where they are still to be cut off; of many those that lie evenly
-    spaced. ValueError where there is only one, or none can be read."""
-    source = open_whole(data, "train")
-    if len(source) == 1:
-        raise ValueError(f"{data.path} has one image, {source.name(0)}, of which nothing can be learnt; give more")
-    indices = np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(np.int64)
-    workers = len(os.sched_getaffinity(0)) if len(indices) > FEW else 0
-    info = split_info(Part(source, indices, "a sample"), workers, "looking")
-    if not info.widths:
-        raise ValueError(f"none of the {info.images:,} images of {data.path} can be read; the first: {info.broken[0]}")
-    return info
-
-
-def cut_off(data: DataConfig, told: Group | None) -> Choices:
-    """A validation split, where there is none. ValueError where there are too few images for one."""
-    source = open_whole(data, "train")
-    names = source.stored_names()
-    if names is None:
-        open_indexed(data, "validation")  # says what there is instead
-        return {}
-    division = division_of(names, alikeness(source, names), told)
-    if division is None:
-        raise ValueError(
-            f"{data.path} has {len(names)} training images, too few to cut a validation split off; give more, or "
-            "data.validation_split"
-        )
-    return {
-        "data.validation_fraction": Choice(division.fraction, division.why),
-        "data.validation_group": Choice(division.group, "what a hash of the names puts on one side"),
-    }
-
-
-def alikeness(source: ImageSource, names: Sequence[str]) -> float | None:
-    """How far apart neighbours in a folder are, over how far images of different folders are: medians of the distances
-    between their thumbnails. None where no two folders have two readable images."""
-    folders = [name.rpartition("/")[0] for name in names]
-    pairs = [first for first in range(len(names) - 1) if folders[first] and folders[first] == folders[first + 1]]
-    if not pairs:
-        return None
-    chosen = [pairs[place] for place in np.linspace(0, len(pairs) - 1, min(len(pairs), COMPARED)).astype(int)]
-    indices = sorted({index for first in chosen for index in (first, first + 1)})
-    small = {index: seen for index in indices if (seen := thumbnail(source, index)) is not None}
-    others = np.random.default_rng(0).choice(indices, (4 * COMPARED, 2)).tolist()
-    near, far = (
-        [float(np.abs(small[one] - small[two]).mean()) for one, two in kind if one in small and two in small]
-        for kind in (
-            [(first, first + 1) for first in chosen],
-            [(one, two) for one, two in others if folders[one] != folders[two]],
-        )
-    )
-    if not near or not far or not statistics.median(far):
-        return None
-    return statistics.median(near) / statistics.median(far)
-
-
-def thumbnail(source: ImageSource, index: int) -> NDArray[np.float32] | None:
-    """(8, 8), grey; None of a broken image."""
-    image = read_image(source, index)
-    if isinstance(image, Failure):
-        return None
-    return np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), np.float32)
 
 
 def choose_output(config: Config, name: str, fixed: set[str]) -> Choices:

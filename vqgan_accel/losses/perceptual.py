@@ -27,24 +27,21 @@ def backbone_of(network: str) -> str:
 
 def build_perceptual(config: LossConfig, weights: WeightFiles) -> nn.Module | None:
     """The network of losses.perceptual_network, frozen; None where its weight is 0."""
-    if config.perceptual_weight == 0:
-        return None
-    match config.perceptual_network:
-        case "mobilenet_v2":
-            return MobileNetDistance.published(weights.mobilenet_v2)
-        case "lpips_vgg":
-            return load_lpips("vgg", weights)
-        case "lpips_alex":
-            return load_lpips("alex", weights)
-        case "lpips_squeeze":
-            return load_lpips("squeeze", weights)
+    distance = _untrained(config)
+    if distance is not None:
+        distance.load(weights)
+    return distance
 
 
 def perceptual_shell(config: Config) -> nn.Module | None:
     """The same network without its weights, to count or to time."""
-    if config.losses.perceptual_weight == 0:
+    return _untrained(config.losses)
+
+
+def _untrained(config: LossConfig) -> LPIPSDistance | MobileNetDistance | None:
+    if config.perceptual_weight == 0:
         return None
-    match config.losses.perceptual_network:
+    match config.perceptual_network:
         case "mobilenet_v2":
             return MobileNetDistance()
         case "lpips_vgg":
@@ -58,15 +55,13 @@ def perceptual_shell(config: Config) -> nn.Module | None:
 def load_lpips(network: Literal["vgg", "alex", "squeeze"], weights: WeightFiles) -> LPIPSDistance:
     """LPIPS v0.1 with its learnt linear heads (in the package) and an ImageNet backbone (downloaded, or the named
     file)."""
-    backbone = BACKBONES[network]
-    file: str | None = getattr(weights, backbone)
     distance = LPIPSDistance(network)
-    fit_backbone(distance.lpips.net, load_published(backbone, file), f"weights.{backbone}", file)
+    distance.load(weights)
     return distance
 
 
 class LPIPSDistance(FixedModule):
-    """(B, 3, H, W) x 2 in [-1, 1] -> (B,); as built here the backbone is random, see `load_lpips`."""
+    """(B, 3, H, W) x 2 in [-1, 1] -> (B,); the backbone is random until `load`."""
 
     def __init__(self, network: Literal["vgg", "alex", "squeeze"]) -> None:
         super().__init__()
@@ -76,7 +71,12 @@ class LPIPSDistance(FixedModule):
             warnings.filterwarnings("ignore", message=".*(pretrained|weights).*", category=UserWarning)
             self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
         self.normalize = lpips.normalize_tensor
+        self.backbone = BACKBONES[network]
         freeze(self)
+
+    def load(self, weights: WeightFiles) -> None:
+        file: str | None = getattr(weights, self.backbone)
+        fit_backbone(self.lpips.net, load_published(self.backbone, file), f"weights.{self.backbone}", file)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         network = self.lpips
@@ -148,8 +148,11 @@ class MobileNetDistance(FixedModule):
     @classmethod
     def published(cls, file: str | None) -> MobileNetDistance:
         distance = cls()
-        distance.network.load_published(file)
+        distance.load(WeightFiles(mobilenet_v2=file))
         return distance
+
+    def load(self, weights: WeightFiles) -> None:
+        self.network.load_published(weights.mobilenet_v2)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         distance = torch.zeros(len(images), device=images.device)

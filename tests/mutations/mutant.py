@@ -1,0 +1,49 @@
+"""What a planted line is, and which tests watch its file."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str  # below vqgan_accel/
+    line: str  # text that occurs once in it
+    wrong: str  # what it becomes
+    effect: str
+
+
+# file -> the fast tests that watch it, the quickest first. The first pattern that fits counts.
+TESTS = {
+    "training/plan.py": ("test_plan.py", "test_plain_trainer.py"),
+    "schedules.py": ("test_schedules.py", "test_plan.py"),
+    "training/checkpoint.py": ("test_state.py", "test_training.py"),
+    "training/state.py": ("test_state.py", "test_bad_steps.py", "test_plain_trainer.py", "test_training.py"),
+    "training/codebook.py": ("test_codebook.py", "test_bad_steps.py", "test_state.py", "test_plain_trainer.py"),
+    "training/pace.py": ("test_pace.py",),
+    "training/tracking.py": ("test_pace.py", "test_training.py", "test_report.py"),
+    "training/adversary.py": (
+        "test_losses.py",
+        "test_plain_trainer.py",
+        "test_mixed_precision.py",
+        "test_fine_tuning.py",
+    ),
+    "training/round.py": ("test_losses.py", "test_plain_trainer.py"),
+    "training/networks.py": ("test_plain_trainer.py", "test_fine_tuning.py", "test_training.py"),
+    "training/*": ("test_plain_trainer.py", "test_bad_steps.py", "test_training.py", "test_fine_tuning.py"),
+    "losses/*": ("test_losses.py", "test_plain_trainer.py"),
+    "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_plain_trainer.py"),
+    "models/discriminators/*": ("test_stylegan2.py", "test_convolution.py", "test_discriminators.py"),
+    "models/tokenizer.py": ("test_tokenizer.py",),
+    "data/order.py": ("test_data_order.py", "test_data_loading.py"),
+    "data/opening.py": ("test_data_loading.py", "test_data_sources.py"),
+    "data/lanes.py": ("test_data_stream.py",),
+    "evaluation/reconstruct.py": ("test_reconstruct.py",),
+    "evaluation/*": ("test_metrics.py", "test_evaluation.py"),
+    "config/metrics.py": ("test_training.py", "test_report.py"),
+    "config/*": ("test_config.py", "test_sections.py", "test_plan.py", "test_plain_trainer.py"),
+}
+
+
+def tests_of(mutant: Mutant) -> tuple[str, ...]:
+    return next(names for pattern, names in TESTS.items() if fnmatchcase(mutant.file, pattern))
