@@ -374,3 +374,13 @@ def test_doctor_checks_the_weight_files_of_a_config(capsys, tmp_path):
     assert f"{weights['vgg16']}, as weights.vgg16 says" in lines["vgg16"]
     assert f"weights.inception={weights['inception']} is not there" in lines["inception"]
     assert "weights.alexnet=FILE; enables lpips_alex" in lines["alexnet"] or "cached in" in lines["alexnet"]
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    """`vqgan-accel keys | head -1`, with the reader gone before the first line."""
+    command = [sys.executable, "-m", "vqgan_accel", "keys"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
