@@ -52,6 +52,7 @@ def tokenizer_backward(
     if adversary is not None:
         verdict = adversary.judge(leaf)
         pull, weight = adversary.teach(verdict, pull, tokenizer.network, output.last_features)
+        verdict = verdict._replace(pull=None)  # as large as the images, and a step keeps the verdicts of its rounds
         total = total + weight * verdict.generator_loss
         parts |= {"generator": verdict.generator_loss, "adversarial_weight": weight}
 
