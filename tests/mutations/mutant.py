@@ -29,7 +29,7 @@ TESTS = {
         "test_fine_tuning.py",
     ),
     "training/round.py": ("test_losses.py", "test_plain_trainer.py"),
-    "training/networks.py": ("test_plain_trainer.py", "test_fine_tuning.py", "test_training.py"),
+    "training/networks.py": ("test_plain_trainer.py", "test_fine_tuning.py", "test_training.py", "test_evaluation.py"),
     "training/*": ("test_plain_trainer.py", "test_bad_steps.py", "test_training.py", "test_fine_tuning.py"),
     "losses/*": ("test_losses.py", "test_plain_trainer.py"),
     "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_plain_trainer.py"),
