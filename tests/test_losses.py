@@ -9,6 +9,7 @@ import os
 import pickle
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
@@ -381,6 +382,33 @@ def test_two_interleaved_rounds_accumulate_the_gradients_of_one_batch(
     whole_tokenizer, whole_discriminator, tokenizer, discriminator = networks
     check_gradients(tokenizer, whole_tokenizer, tolerance=1e-5)
     check_gradients(discriminator, whole_discriminator, tolerance=1e-5)
+
+
+class Noting(Accelerator):
+    """Says of each backward pass whether the discriminator's gradients were kept from the wire."""
+
+    kept: list[bool]
+    inside = False
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def backward(self, loss: Tensor, **settings: Any) -> None:
+        self.kept.append(self.inside)
+        super().backward(loss, **settings)
+
+
+def test_the_discriminators_gradient_crosses_the_wire_once_with_its_second_half() -> None:
+    accelerator = Noting(cpu=True)
+    accelerator.kept = []
+    config, images = DiscriminatorConfig(weight=0.8), random_images()
+    game = Game(accelerator, tiny_tokenizer(STANDARD), NO_NETWORK, None, tiny_discriminator(), config)
+    game.second_half(images, game.first_half(images))
+    assert accelerator.kept == [True, False, False]  # D on reconstructions; the tokenizer; D on images
+    reset_accelerate()
 
 
 # ---- reconstruction
