@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import GOLDEN
 from runs import metrics
 from start import config_with_start, smooth_leaky_relu
@@ -41,6 +42,7 @@ BASE: dict[str, Any] = {
         "best_metric": "l2",
     },
 }
+NOISE = [3.508326292037964, 1.2303847074508667, 0.615044116973877]  # what torch drew where the Gumbel curve was made
 GAME = DISCRIMINATOR | {"weight": 0.5, "start": "10 steps"}
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"quantizer": {"reinit_every_epochs": 5}},
@@ -70,6 +72,9 @@ def curve(recipe: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str
 def test_thirty_steps_have_the_losses_that_are_kept(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn = torch.empty(3).exponential_(generator=torch.Generator().manual_seed(0)).tolist()
+    if recipe.startswith("gumbel") and drawn != pytest.approx(NOISE):
+        pytest.skip("this torch draws other exponential numbers from the same seed")
     actual, expected = curve(recipe, tmp_path, monkeypatch), json.loads(kept(recipe).read_text())
     assert len(actual) == len(expected) == STEPS + 1  # the last of the validation
     for ours, line in zip(actual, expected, strict=True):
