@@ -563,3 +563,17 @@ def test_two_processes_under_torchrun_train_what_one_trains(tmp_path):
         tolerance = 2e-6 if index == 0 else 1e-3
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (index, name)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_said_to_and_is_set_aside(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text("some")
+        (folder / "progress.json").write_text("{}")
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, write, keep=2, best_step=None)
+    (tmp_path / "checkpoints" / "step_00000002" / "weights").unlink()
+    said: list[str] = []
+    assert checkpoint.latest_intact(tmp_path, said.append).name == "step_00000001"
+    assert len(said) == 1 and "step_00000002 is damaged (weights is missing)" in said[0]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
