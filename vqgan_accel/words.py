@@ -1,6 +1,8 @@
-"""Figures as people read them."""
+"""Figures and lists as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -14,3 +16,9 @@ def duration(seconds: float) -> str:
     if minutes:
         return f"{minutes} min {whole % 60:02} s"
     return f"{whole} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`; not empty."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -17,6 +17,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from vqgan_accel.config.schema import Config
 from vqgan_accel.sections import ByType, Duration, OneOf, sections_of, type_of
+from vqgan_accel.words import either
 
 Mark = TypeVar("Mark")
 
@@ -199,8 +200,7 @@ def _one_type(annotation: Any) -> str:
 
 
 def _either(values: Sequence[object]) -> str:
-    *others, last = (f"`{value}`" for value in values)
-    return f"{', '.join(others)} or {last}" if others else last
+    return either([f"`{value}`" for value in values])
 
 
 def _plural(name: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from vqgan_accel.config.keys import config_keys, nearest_key
 from vqgan_accel.config.schema import Config
 from vqgan_accel.sections import sections_of, type_of
+from vqgan_accel.words import either
 
 
 def sentences(error: ValidationError, model: type[BaseModel] = Config) -> str:
@@ -26,9 +27,9 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
         case "missing":
             return f"'{key}' is missing"
         case "union_tag_not_found":
-            return f"'{key}.type' is missing; give {_either(types)}"
+            return f"'{key}.type' is missing; give {either(types)}"
         case "union_tag_invalid":
-            return f"'{key}.type' is {given.get('type')!r} but must be {_either(types)}"
+            return f"'{key}.type' is {given.get('type')!r} but must be {either(types)}"
         case "value_error":
             return f"{key + ': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
     if key == "training.mixed_precision" and given == "fp16":
@@ -54,10 +55,6 @@ def _as_written(location: Sequence[int | str], model: type[BaseModel]) -> tuple[
         by_type = {type_of(kind): kind for kind in sections if "type" in kind.model_fields}
         section = sections[0] if sections else section
     return ".".join(written), list(by_type)
-
-
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _suggestion(key: str) -> str:

@@ -92,7 +92,6 @@ def take_step(run: Run, stop_request: StopRequest) -> StepTaken:
 
     # ---- gradients of both networks, accumulated over rounds
     rounds: list[Round] = []
-    losses: list[dict[str, Tensor]] = []
     skipped_images = 0
     for index in range(plan.rounds):
         batch = run.pace.next(run.batches)
@@ -103,15 +102,14 @@ def take_step(run: Run, stop_request: StopRequest) -> StepTaken:
             made = tokenizer_backward(
                 run.accelerator, networks.tokenizer, networks.reconstruction_loss, adversary, images, seeds
             )
-            losses.append(made.losses)
             if adversary is not None and made.verdict is not None:
-                losses[-1] |= adversary.learn(images, made.verdict)
+                made.losses.update(adversary.learn(images, made.verdict))
         run.usage.add(made.codes)
         rounds.append(made)
 
     # ---- the update, if every value of every process is finite
     norms = {f"grad_norm_{learner.name}": learner.clip(run.config.training.max_grad_norm) for learner in learning}
-    values, skipped, stop = global_values(losses, norms, skipped_images, bool(stop_request))
+    values, skipped, stop = global_values([made.losses for made in rounds], norms, skipped_images, bool(stop_request))
     sound = all(math.isfinite(value) for value in values.values())
     if sound:
         for learner in learning:
