@@ -200,17 +200,6 @@ def start_on_cpu(place: Place, *arguments: object) -> Callable[[], None]:
     return lambda: None
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """In cuDNN's convolutions. (torch's default allows it there, and forbids it in matrix products.)"""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def relative(found: list[Tensor], reference: list[Tensor]) -> float:
     """|found - reference| / |reference|, over all of them together."""
     pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(found, reference, strict=True)]
@@ -224,15 +213,13 @@ def relative(found: list[Tensor], reference: list[Tensor]) -> float:
 def check_machine(place: Place) -> None:
     from vqgan_accel.config import WeightFiles
     from vqgan_accel.doctor import doctor_lines
+    from vqgan_accel.models.precision import tf32_convolutions
 
     place.say("\n".join(doctor_lines(WeightFiles())))
     place.record("cores", os.cpu_count() or 0)
     place.record("kernel", platform.release())
     place.record("/dev/shm", shutil.disk_usage("/dev/shm").total / 2**30, "GiB")
-    allowed = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    place.record(
-        "TF32 allowed in convolutions, in matrix products", f"{allowed}", "", "(True, False), torch's defaults"
-    )
+    place.record("TF32 allowed in convolutions, before a run", f"{tf32_convolutions()}", "", "True, torch's default")
     if place.cuda:
         about = torch.cuda.get_device_properties(0)
         place.record("device", f"{about.name}, {about.total_memory / 2**30:.1f} GiB, {about.multi_processor_count} SMs")
@@ -250,19 +237,9 @@ def check_training(place: Place, quantizer: str, precision: str = "no", determin
     """8 steps, the same again, and from the checkpoint of step 5 on: are the last checkpoints equal?"""
     from vqgan_accel.run_folder import checkpoints
 
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-    config = tiny_config(place, quantizer, mixed_precision=precision)
+    config = tiny_config(place, quantizer, mixed_precision=precision, deterministic=deterministic)
     began = time.perf_counter()
-    try:
-        once = train(config, place.folder / "once")
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        place.record("has no deterministic form", " ".join(str(error).split())[:160])
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        once = train(config, place.folder / "once_warned")
+    once = train(config, place.folder / "once")
     place.record("8 steps, all included", time.perf_counter() - began, "s")
     again = train(config, place.folder / "again")
     resumed = Path(shutil.copytree(once, place.folder / "resumed", symlinks=True))
@@ -308,8 +285,7 @@ def check_numbers(place: Place) -> None:
     config = tiny_config(place, "standard", max_steps=3)
     finish = start_on_cpu(place, "train", config, f"output_dir={place.folder / 'cpu'}")
     for allowed in (True, False):
-        with tf32(allowed):
-            train(config, place.folder / tf32_name(allowed))
+        train(config, place.folder / tf32_name(allowed), f"training.tf32={str(allowed).lower()}")
     check_r1(place)
     check_codes(place)
     finish()
@@ -347,6 +323,7 @@ def check_r1(place: Place) -> None:
     """R1's gradient in D's weights, 8 images of 64 px, beside float64."""
     from vqgan_accel.losses.adversarial import r1_penalty
     from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
+    from vqgan_accel.models.precision import ieee_float32
 
     torch.manual_seed(0)
     size = 64 if place.cuda else 16
@@ -374,7 +351,7 @@ def check_r1(place: Place) -> None:
         kinds |= {name: (place.device, name != "IEEE", name == "bf16") for name in ("TF32", "IEEE", "bf16")}
         for kind, (device, allowed, autocast) in kinds.items():
             network.to("cpu", torch.float32).load_state_dict(state)
-            with tf32(allowed):
+            with ieee_float32(but_convolutions=allowed):
                 found = gradients(device, torch.float32, autocast)
             of_penalty, of_gradient = relative(found[:1], reference[:1]), relative(found[1:], reference[1:])
             place.record(
@@ -390,6 +367,7 @@ def check_codes(place: Place) -> None:
     """Of the recipe's encoder with random weights; codes drawn from latents of other images."""
     from vqgan_accel.config import load_config
     from vqgan_accel.models.build import build_tokenizer
+    from vqgan_accel.models.precision import ieee_float32
 
     overrides = [] if place.cuda else ["autoencoder.channels=32", "quantizer.num_codes=64"]
     config = load_config(RECIPE, overrides)
@@ -407,8 +385,9 @@ def check_codes(place: Place) -> None:
     tokenizer.to(place.device)
     on_device = images.to(place.device)
     for kind in ("TF32", "IEEE", "bf16"):
-        with tf32(kind != "IEEE"), torch.autocast(place.device.type, torch.bfloat16, enabled=kind == "bf16"):
-            codes = tokenizer.encode(on_device).cpu()
+        bf16 = torch.autocast(place.device.type, torch.bfloat16, enabled=kind == "bf16")
+        with ieee_float32(but_convolutions=kind != "IEEE"), bf16:  # `encode` itself does not take TF32
+            codes = tokenizer.quantizer.choose(tokenizer.latents(on_device)).cpu()
         unlike = codes != reference
         place.record(
             f"codes unlike the CPU's, {kind}",
@@ -613,11 +592,13 @@ def with_loader(place: Place, steps: int, loader: Batches) -> Batches:
 
 
 def check_float32(place: Place) -> None:
+    from vqgan_accel.models.precision import ieee_float32
+
     record_ceilings(place, torch.float32)
     with recipe(place, "training.mixed_precision=no") as run:
         phases = [
-            Phase("float32, TF32 convolutions", 16 if place.cuda else 5, 4, partial(tf32, True)),
-            Phase("float32, IEEE", 12 if place.cuda else 5, 4, partial(tf32, False)),
+            Phase("float32, TF32 convolutions", 16 if place.cuda else 5, 4, partial(ieee_float32, True)),
+            Phase("float32, IEEE", 12 if place.cuda else 5, 4, partial(ieee_float32, False)),
         ]
         run_loop(run, partial(timed, place, run, phases))
 

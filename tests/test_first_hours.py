@@ -78,7 +78,7 @@ def test_accelerates_dynamo_is_refused_and_training_compile_named(monkeypatch):
     reset_accelerate()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
     with pytest.raises(ValueError, match=r"dynamo_backend AOT_EAGER .* training\.compile=true"):
-        start_accelerator("no")
+        start_accelerator("no", 1)
     reset_accelerate()
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import DynamoBackend
 
 from vqgan_accel.compat import accelerator_device
@@ -17,14 +19,19 @@ from vqgan_accel.compat import accelerator_device
 
 def start_accelerator(
     mixed_precision: Literal["auto", "no", "bf16"],
+    timeout_minutes: float,
     gradient_accumulation_steps: int = 1,
     trackers: Sequence[str] = (),
     folder: str | None = None,
 ) -> Accelerator:
-    """`auto` takes what `accelerate launch` says. Raises ValueError for precisions and strategies that are not
-    supported."""
+    """`auto` takes what `accelerate launch` says; timeout_minutes: as long may one process keep the others waiting.
+    Raises ValueError for precisions and strategies that are not supported."""
     # torch prefers a new name for DDP's broadcast_buffers, which Accelerate does not pass on yet
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+    # Accelerate's DDP asks for the GPU with the number of the local rank, also where each process sees one alone, as
+    # number 0 (SLURM's --gpus-per-task, --gpu-bind). Where two processes would share a GPU, NCCL says so.
+    if torch.cuda.device_count() == 1 and "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
     accelerator = Accelerator(
         cpu=accelerator_device() is None,  # without it torchrun's processes on a CPU would not find each other
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
@@ -38,7 +45,8 @@ def start_accelerator(
                 broadcast_buffers=False,
                 find_unused_parameters=False,
                 gradient_as_bucket_view=True,  # what was reduced need not be copied back
-            )
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
         ],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))

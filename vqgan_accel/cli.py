@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> str | None:
     """The sentence for the user; None for an error that is ours and not theirs."""
     if isinstance(error, RuntimeError):
-        from vqgan_accel.distributed import known_failure
+        from vqgan_accel.failures import known_failure
 
         return known_failure(error)
     if isinstance(error, OSError) and error.strerror:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,15 @@ def accelerator_device() -> torch.device | None:
 def uncompiled() -> AbstractContextManager[None]:
     """Compiled modules run as they were before. torch < 2.6 cannot: there a batch of a new size is compiled for."""
     return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
+def tf32_switches() -> list[tuple[Any, str, Any, Any]]:
+    """What lets convolutions (the first) and all else of float32 be rounded to TF32: owner, attribute, its value for
+    TF32 and for IEEE. torch 2.9 gave it other names, and refuses to read the old ones where the new ones differ."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        return [(owner, "fp32_precision", "tf32", "ieee") for owner in (cudnn.conv, cudnn.rnn, products)]
+    return [(owner, "allow_tf32", True, False) for owner in (cudnn, products)]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -82,20 +81,6 @@ def same_everywhere(value: str) -> bool:
         values = [None] * num_processes()
         dist.all_gather_object(values, value)
     return len(set(values)) == 1
-
-
-def known_failure(error: RuntimeError) -> str | None:
-    """A sentence where an error means a dead process or a lack of memory, else None: torch has few types for these."""
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return (
-            "out of memory; raise training.gradient_accumulation_steps, which keeps the batch, or lower "
-            f"training.total_batch_size ({' '.join(str(error).split())[:200]})"
-        )
-    if "DataLoader worker" in str(error):
-        return "a data worker died; if the machine is short of memory, lower data.workers"
-    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-        return "another process of this run has stopped; its own message says why"
-    return None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -98,6 +99,22 @@ def lock(run: Path, patience: float = 0.0) -> IO[str]:
         except OSError:  # a file system without locks
             pass
         return file
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """The processes that share the folder, one after the other: what the first one downloads into it the others find.
+
+    Where it cannot be written to all go on at once: what they want must be there already.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder, patience=math.inf)
+    except OSError:
+        yield
+        return
+    with file:
+        yield
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

@@ -49,6 +49,22 @@ class TrainingConfig(Section):
         description="rounds per optimizer step; more of them take less memory",
     )
     mixed_precision: PrecisionField = Field("auto", description="auto: what `accelerate launch` says, else no")
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="as long may one process keep the others waiting (reading a data set's list, saving, a download);"
+        " a process that hangs is noticed after it",
+    )
+    tf32: bool = Field(
+        False,
+        description="the networks' float32 convolutions in TF32 on GPUs that have it: three times faster, 10 bits of"
+        " mantissa. R1, lambda, validations and `tokenize` never are; with bf16 there is nothing left for it",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU by algorithms that add in a fixed order, so that a resumed run is there, too, bit for bit"
+        " the uninterrupted one; slower (docs/exactness.md)",
+    )
     compile: bool = Field(
         False,
         description="encoder, decoder and perceptual network by torch.compile (docs/performance.md says when)",
@@ -110,6 +126,8 @@ class TrainingConfig(Section):
                 raise ValueError(f"betas are two numbers in [0, 1), not {list(self.betas)}")
         if self.decoder_only and self.init_from is None:
             raise ValueError("decoder_only keeps an encoder as it is: say in init_from whose")
+        if self.deterministic and self.compile:
+            raise ValueError("deterministic cannot be promised with compile, which may round otherwise each time")
         results = [name for metric in self.validation_metrics for name in METRIC_RESULTS[metric]]
         if self.best_metric not in results:
             raise ValueError(

@@ -38,7 +38,7 @@ def codebook(
     tokenizer, config = opened.tokenizer, opened.config(overrides, data)
     source = open_source(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
-    device = start_accelerator("no").device
+    device = start_accelerator("no", config.training.timeout_minutes).device
     require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)

@@ -1,6 +1,6 @@
 """Evaluate a tokenizer on a whole split: the validation inside training and `evaluate.py` are this one function.
 
-What is measured is what a user gets: images to codes, codes to images, in float32.
+What is measured is what a user gets: images to codes, codes to images, in float32 (`ieee_float32`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_gr
 from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
 from vqgan_accel.files import write_json
 from vqgan_accel.models.opening import Opened, open_tokenizer
+from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
+
+ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
 
 
 class Evaluation(NamedTuple):
@@ -43,6 +46,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
+@ieee_float32()
 def evaluate_tokenizer(
     tokenizer: ImageTokenizer,
     batches: Iterable[Batch],
@@ -119,7 +123,7 @@ def evaluate(
     """
     opened = open_tokenizer(model)
     tokenizer, config = opened.tokenizer, opened.config(overrides, data)
-    accelerator = start_accelerator("no")
+    accelerator = start_accelerator("no", config.training.timeout_minutes)
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
     output = Path(output or results_folder(model, opened) / settings.split)
@@ -189,6 +193,7 @@ def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[s
         "crop": CROP,
         "resize_filter": RESIZE_FILTER,
         "pixels": PIXEL_PROTOCOL,
+        "arithmetic": ARITHMETIC,
         "images_hash": evaluation.pixels_hash,
         "metrics": list(metrics.names),
         "lpips_network": config.evaluation.lpips_network if "lpips" in metrics.names else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -21,9 +22,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
+from vqgan_accel.files import one_at_a_time
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
 from vqgan_accel.models.quantizers import count_codes
-from vqgan_accel.models.weights import load_state, state_hash
+from vqgan_accel.models.weights import downloads, load_state, state_hash
 
 PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
 MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
@@ -196,8 +198,9 @@ def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
     if weights is not None:
         load_state(Path(weights), "weights.inception")  # torch-fidelity itself would execute what a pickle asks for
     try:
-        # antialias=False is the resize of the original code (TensorFlow 1's), which published numbers are made with
-        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights, antialias=False)
+        with one_at_a_time(downloads()) if weights is None else nullcontext():
+            # antialias=False is the resize of the original code (TensorFlow 1's), which published numbers are made with
+            return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights, antialias=False)
     except (URLError, OSError) as error:
         raise ValueError(
             f"FID's Inception weights could not be downloaded from {URL_INCEPTION_V3} ({error}); fetch that file "

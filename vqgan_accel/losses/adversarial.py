@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqgan_accel.distributed import mean_over_processes
-from vqgan_accel.models.precision import without_autocast
+from vqgan_accel.models.precision import ieee_float32, without_autocast
 from vqgan_accel.models.tokenizer import ImageTokenizer
 
 AdversarialLoss = Literal["hinge", "non_saturating"]
@@ -50,7 +50,7 @@ def adaptive_weight(tokenizer: ImageTokenizer, last_features: Tensor, d_rec: Ten
     before the norms are taken: one value, that of the global batch, the same on every rank.
     """
     weight = tokenizer.decoder.conv_out.weight
-    with torch.enable_grad(), without_autocast(last_features):
+    with torch.enable_grad(), without_autocast(last_features), ieee_float32():
         reconstruction = tokenizer.last_layer(last_features.float())
         (g_rec,) = torch.autograd.grad(reconstruction, weight, d_rec, retain_graph=True)
         (g_gen,) = torch.autograd.grad(reconstruction, weight, d_gen)

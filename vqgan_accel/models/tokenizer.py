@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqgan_accel.config import AutoencoderField, QuantizerField, sentences
 from vqgan_accel.models.finding import find_tokenizer
+from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.models.quantizers import QuantizerOutput
 from vqgan_accel.models.weights import IMAGENET_MEAN, IMAGENET_STD
 from vqgan_accel.run_folder import TOKENIZER_CONFIG, WEIGHTS_PATTERN
@@ -111,8 +112,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         return TokenizerOutput(self.to_public_range(pixels), quantized, latents.detach(), features.detach())
 
     @torch.no_grad()
+    @ieee_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64; B may be 0"""
+        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64; B may be 0. Without TF32, whatever is allowed."""
         self.require_images(images)
         if not images.numel():  # diffusers' attention knows no empty batch
             sides = [side // self.stride for side in images.shape[2:]]
@@ -120,6 +122,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         return self.quantizer.choose(self.latents(images))
 
     @torch.no_grad()
+    @ieee_float32()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]; B may be 0
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqgan_accel.compat import safe_global
+from vqgan_accel.files import one_at_a_time
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -39,9 +40,14 @@ def published(name: str) -> WeightsEnum:
     return get_weight(PUBLISHED[name])
 
 
+def downloads() -> Path:
+    """Where torchvision and torch-fidelity keep what they download."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
 def cached_weights(name: str) -> Path:
     """Where a download of `name`, a key of PUBLISHED, is kept."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(published(name).url).name
+    return downloads() / Path(published(name).url).name
 
 
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
@@ -53,7 +59,8 @@ def load_published(name: str, file: str | None) -> dict[str, Tensor]:
         return load_state(Path(file), f"weights.{name}")
     weights = published(name)
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        with one_at_a_time(downloads()):
+            return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
             f"the ImageNet weights of {name} could not be downloaded from {weights.url} ({error}); "

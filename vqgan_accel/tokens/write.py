@@ -69,7 +69,7 @@ def tokenize(
         raise ValueError(f"a shard of {shard_images} images is none; give at least 1")
     opened = open_tokenizer(model)
     config = opened.config(overrides, data)
-    accelerator = start_accelerator("no")
+    accelerator = start_accelerator("no", config.training.timeout_minutes)
     source = open_indexed(config.data, config.evaluation.split)
     require_apart(output, config.data, "--output")
     job = Job(opened.tokenizer, config, source, source.labels(), views)

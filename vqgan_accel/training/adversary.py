@@ -7,6 +7,7 @@ and its gradient crosses the wire once, in `learn` (docs/performance.md).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from vqgan_accel.config import DiscriminatorConfig
 from vqgan_accel.losses.adversarial import adaptive_weight, fake_loss, generator_loss, r1_penalty, real_loss
 from vqgan_accel.losses.terms import LossTerm, with_terms
 from vqgan_accel.models.discriminators.base import Discriminator
+from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.training.learner import Learner
 from vqgan_accel.training.plan import Phase
@@ -86,8 +88,12 @@ class Adversary:
         """Accumulate the gradient that images (B, 3, H, W) in [-1, 1] give the discriminator, R1's included, and reduce
         it together with the verdict's. Returns detached scalars of this process and round.
 
-        R1's forward pass runs in float32, for bf16 rounding is magnified by the second derivative.
+        With R1 all of it runs in IEEE float32, for the second derivative magnifies the rounding of bf16 and of TF32.
         """
+        with ieee_float32() if self.with_r1 else nullcontext():
+            return self._learn(images, verdict)
+
+    def _learn(self, images: Tensor, verdict: Verdict) -> dict[str, Tensor]:
         images = images.detach().requires_grad_(self.with_r1)
         logits = self.discriminator.wrapped(images, full_precision=self.with_r1)
         real = real_loss(self.config.loss, logits)

@@ -25,6 +25,7 @@ def show_banner(
         f"output             {plan.config.output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
         f"processes          {plan.num_processes} on {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}, torch {torch.__version__}",
+        *_slow_float32(accelerator, training.tf32),
         *description_lines(summary),
         f"batch              {training.total_batch_size} = {plan.num_processes} processes x {plan.rounds} rounds x "
         f"{plan.batch_size} images",
@@ -41,6 +42,15 @@ def show_banner(
         f"{plan.checkpoint_every} a checkpoint",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _slow_float32(accelerator: Accelerator, tf32: bool) -> list[str]:
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "no" or tf32:
+        return []
+    return [
+        "                   NOTE: float32 convolutions take about three times as long as with training.tf32=true, and "
+        "about four times as long as with training.mixed_precision=bf16"
+    ]
 
 
 def _adversarial(plan: Plan) -> str:

@@ -16,6 +16,8 @@ from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import TrainingViews
 from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.build import build_discriminator, build_tokenizer
+from vqgan_accel.models.precision import ieee_float32
+from vqgan_accel.training.arithmetic import arithmetic
 from vqgan_accel.training.networks import Built, prepare_networks
 from vqgan_accel.training.plan import Phase
 from vqgan_accel.training.round import tokenizer_backward
@@ -41,7 +43,8 @@ def measure_step(config: Config, batch_size: int) -> Timings | None:
     The perceptual network has random weights, which cost what its own do.
     """
     try:
-        return _measured(config, batch_size)
+        with arithmetic(config.training):
+            return _measured(config, batch_size)
     except torch.cuda.OutOfMemoryError:
         pass  # the networks live on in the error's traceback until here
     torch.cuda.empty_cache()
@@ -49,7 +52,7 @@ def measure_step(config: Config, batch_size: int) -> Timings | None:
 
 
 def _measured(config: Config, batch_size: int) -> Timings:
-    accelerator = start_accelerator(config.training.mixed_precision)
+    accelerator = start_accelerator(config.training.mixed_precision, config.training.timeout_minutes)
     device, d_config, size = accelerator.device, config.discriminator, config.data.image_size
     built = Built(build_tokenizer(config), build_discriminator(config), perceptual_shell(config))
     networks = prepare_networks(built, config, accelerator)
@@ -71,7 +74,7 @@ def _measured(config: Config, batch_size: int) -> Timings:
         built.tokenizer.quantizer.apply_update()
 
     def reconstruct() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), ieee_float32():
             built.tokenizer.eval()(images)
         built.tokenizer.train()
 

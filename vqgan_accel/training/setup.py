@@ -34,6 +34,7 @@ from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import lock
 from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
+from vqgan_accel.training.arithmetic import arithmetic
 from vqgan_accel.training.banner import show_banner
 from vqgan_accel.training.checkpoint import latest_intact, point_links, read_state
 from vqgan_accel.training.codebook import CodebookUsage
@@ -93,6 +94,7 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
     Raises ValueError or FileNotFoundError for whatever cannot be trained, before anything is written.
     """
     with ExitStack() as held:
+        held.enter_context(arithmetic(config.training))
         run = set_up(config, resume, held)
         # the bar ends its line and the data workers end before an error is told
         with run.tracking.bar, closing(run.batches):
@@ -139,7 +141,8 @@ def take_ground(config: Config, resume: bool, held: ExitStack) -> Ground:
     """Processes, images, plan; the lock of a folder that is there already, and the checkpoint to go on from."""
     check_trackers(config.tracking)
     accelerator = start_accelerator(
-        mixed_precision=config.training.mixed_precision,
+        config.training.mixed_precision,
+        config.training.timeout_minutes,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         trackers=config.tracking.trackers,
         folder=config.output_dir,
