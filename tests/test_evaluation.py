@@ -251,6 +251,7 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
         "crop": CROP,
         "resize_filter": RESIZE_FILTER,
         "pixels": PIXEL_PROTOCOL,
+        "arithmetic": "float32, IEEE",
         "images_hash": protocol["images_hash"],
         "metrics": list(METRICS),
         "lpips_network": None,

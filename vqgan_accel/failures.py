@@ -92,7 +92,7 @@ def known_failure(error: RuntimeError) -> str | None:
         return "a data worker died; if the machine is short of memory, lower data.workers"
     if "does not have a deterministic implementation" in words:
         return f"training.deterministic cannot be kept here; set it to false ({words[:LONGEST_CAUSE]})"
-    if isinstance(error, dist.DistError) or "/gloo/" in words or "NCCL" in words:
+    if isinstance(error, dist.DistError) or "gloo/" in words or "NCCL" in words:
         return failure_between_processes(words)
     return None
 
