@@ -6,6 +6,9 @@
 # (preemption, a failed node, `scontrol requeue JOB`) goes on from its newest checkpoint too, for --resume is always
 # passed; a first start has no checkpoint and begins at step 0.
 #
+# A sweep, one run a line of a file that has key=value words, an output_dir of its own among them:
+#   sbatch --array=1-4 --export=ALL,SWEEP=sweep.txt launch/slurm.sh CONFIG
+#
 # Edit for your cluster: the lines below (add --account, --partition, ...), and how Python is found.
 # Options of the sbatch command line win over these lines. Fewer GPUs: change both --ntasks-per-node and --gpus-per-node.
 #SBATCH --job-name=vqgan
@@ -15,7 +18,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
@@ -27,12 +30,25 @@ if [[ $# -lt 1 ]]; then
 fi
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" # SLURM runs a copy of this script from elsewhere
 
+if [[ -n ${SWEEP:-} ]]; then
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP is for array jobs: sbatch --array=1-N}p" "$SWEEP")
+    if [[ $line != *output_dir=* ]]; then
+        echo "line $SLURM_ARRAY_TASK_ID of $SWEEP has no output_dir: two runs would meet in one folder" >&2
+        exit 2
+    fi
+    read -ra words <<<"$line"
+    set -- "$@" "${words[@]}"
+fi
+
 # Edit: `python` must be that of the environment in which vqgan_accel is installed, on every node, for example
 # source .venv/bin/activate
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # a name, if every node can resolve it
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))                            # jobs that share a node do not collide
 export MASTER_ADDR MASTER_PORT ACCELERATE_MIXED_PRECISION=bf16 OMP_NUM_THREADS=1
+# NCCL's warnings name the machine and the interface; INFO says all. Where it takes the wrong interface, name the right
+# one, as `ip addr` lists it: export NCCL_SOCKET_IFNAME=ib0
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # srun starts the processes itself: torchrun dies of SIGUSR1 and hides its workers' exit status. When one has ended, the
 # others have a minute. $SLURM_PROCID is each task's own, so it is expanded there and not here.

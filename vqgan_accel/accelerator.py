@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import DynamoBackend
 
 from vqgan_accel.compat import accelerator_device
+from vqgan_accel.interruption import parent_command
 
 
 def start_accelerator(
@@ -55,7 +56,7 @@ def start_accelerator(
             f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: they would "
             "train apart; on a CPU start them with torchrun (launch/two_cpu_processes.sh)"
         )
-    if started == 1 and (asked := processes_asked_for(launcher_command())) > 1:
+    if started == 1 and (asked := processes_asked_for(parent_command())) > 1:
         accelerator.print(
             f"{asked} processes were asked for, and on a CPU `accelerate launch` starts one (accelerate issue 2741): "
             f"this run has one; for {asked}: torchrun --standalone --nproc_per_node {asked} -m vqgan_accel train ..."
@@ -78,14 +79,6 @@ def start_accelerator(
             "gradient scaler would serve two networks' optimizers; use bf16 or no"
         )
     return accelerator
-
-
-def launcher_command() -> list[str]:
-    """The words with which this process's parent was started; none where the system does not tell."""
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
 
 
 def processes_asked_for(command: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from vqgan_accel import __version__, commands
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-    Run = Callable[[argparse.Namespace], None]
+    Run = Callable[[argparse.Namespace], int | None]
 
 TOKENIZER_PATH = "a run, a checkpoint, an import, a folder of save_pretrained, or USER/NAME on the Hugging Face hub"
 
@@ -175,6 +175,14 @@ def _add_exchange(parsers: Subparsers) -> None:
 
 
 def _add_reports(parsers: Subparsers) -> None:
+    statuses = _add(
+        parsers,
+        "status",
+        "How a training stands. Exit status 0: finished, 1: failed, 3: running, 75: interrupted, go on with --resume.",
+        commands.run_status,
+    )
+    statuses.add_argument("run_folder", type=Path, metavar="run", help="output_dir of a training")
+
     reports = _add(
         parsers,
         "report",

@@ -17,9 +17,9 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 after an error told in one sentence (`--debug` shows its traceback); 75
-    (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume, or could not go on yet, because
-    another process still holds the run's folder."""
+    """Returns the exit status: 0, or what `status` has found; 2 after an error told in one sentence (`--debug` shows
+    its traceback); 75 (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume, or could not go
+    on yet, because another process still holds the run's folder."""
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants to know what could follow
         import argcomplete
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     try:
-        options.run(options)
+        outcome = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has had enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at its end
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return outcome or 0
 
 
 def explain(error: Exception) -> str | None:

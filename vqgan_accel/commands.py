@@ -157,6 +157,14 @@ def run_export(options: argparse.Namespace) -> None:
         print(f"pushed to {push_to_hub(options.output, options.push, options.private)}")
 
 
+def run_status(options: argparse.Namespace) -> int:
+    from vqgan_accel.status import EXIT, status
+
+    found = status(options.run_folder)
+    print(found)
+    return EXIT[found.word]
+
+
 def run_report(options: argparse.Namespace) -> None:
     from vqgan_accel.report import report
 

@@ -12,6 +12,8 @@ import socket
 import torch
 import torch.distributed as dist
 
+from vqgan_accel.interruption import ANOTHER_HAS_STOPPED
+
 LONGEST_CAUSE = 300  # characters of torch's own words
 
 OUT_OF_MEMORY = (
@@ -100,7 +102,7 @@ def known_failure(error: RuntimeError) -> str | None:
 def failure_between_processes(words: str) -> str:
     """words: the error's own."""
     if contains(words, GONE):
-        return "another process of this run has stopped; its own message says why"
+        return ANOTHER_HAS_STOPPED
     cause = words[words.rfind("Last error:") :] if "Last error:" in words else words
     told = f"the processes cannot work together ({cause[:LONGEST_CAUSE]}; {meeting_point()})"
     advice = next((advice for parts, advice in CLUSTER if contains(words + told, parts)), None)

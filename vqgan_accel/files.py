@@ -101,6 +101,19 @@ def lock(run: Path, patience: float = 0.0) -> IO[str]:
         return file
 
 
+def is_locked(run: Path) -> bool:
+    """Whether another process holds the folder's lock just now. Nothing is written. (Not for the process that holds it
+    itself: POSIX takes a lock away from whoever closes the file once.)"""
+    try:
+        with (run / LOCK).open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # never locked, or a file system without locks
+        pass
+    return False
+
+
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """The processes that share the folder, one after the other: what the first one downloads into it the others find.

@@ -9,14 +9,18 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+ANOTHER_HAS_STOPPED = "another process of this run has stopped; its own message says why"
 EXIT_INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: start the same command again with --resume
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST = 1.0  # seconds in which repeated signals are one request: launchers pass on what a process got already
 
@@ -69,6 +73,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
     listener = threading.Thread(target=listen, name="stop signals", daemon=True)
     listener.start()
+    end_with_launcher()
     try:
         yield request
     finally:
@@ -79,6 +84,33 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         listener.join()
         os.close(read_end)
         os.close(write_end)
+
+
+def parent_command() -> list[str]:
+    """The words with which this process's parent was started; none where the system does not tell."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def started_by_launcher(command: Sequence[str]) -> bool:
+    """Whether these are the words of `accelerate launch` or torchrun."""
+    return any(Path(word).name in LAUNCHERS for word in command[:3])  # behind python, and its -m
+
+
+def end_with_launcher() -> None:
+    """The end of this process's launcher, however it goes, is a SIGTERM to this process.
+
+    `accelerate launch` of one process dies of SIGTERM and passes nothing on, and what is killed by SIGKILL cannot: the
+    training would go on, unseen, and hold its folder. Another parent's end, such as a shell's, is no reason to stop.
+    """
+    parent = os.getppid()
+    if sys.platform != "linux" or not started_by_launcher(parent_command()):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was quicker
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def worker_options(workers: int) -> dict[str, Any]:

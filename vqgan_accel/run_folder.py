@@ -4,6 +4,7 @@ RUN/config.yaml                    the resolved config
 RUN/metrics.jsonl                  one JSON object per logged step
 RUN/clock.jsonl                    how long those steps took, by the clock of the machine
 RUN/starts.jsonl                   one JSON object for each time that training was started: machine, versions, images
+RUN/status.json                    how its last training ended, or that it is under way; see status.py
 RUN/validation.json                the last validation: its protocol, and how often it used each code
 RUN/report.html                    all of it to be looked at, written at the end of training
 RUN/.lock                          held by the process that trains there
@@ -23,6 +24,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CLOCK = "clock.jsonl"
 STARTS = "starts.jsonl"
+STATUS = "status.json"
 VALIDATION = "validation.json"
 REPORT = "report.html"
 PICTURES = "images"  # a folder of one for each validation

@@ -34,6 +34,7 @@ from vqgan_accel.distributed import decided_by_main, same_everywhere
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import lock
 from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
+from vqgan_accel.status import leaving_a_word
 from vqgan_accel.training.arithmetic import arithmetic
 from vqgan_accel.training.banner import show_banner
 from vqgan_accel.training.checkpoint import latest_intact, point_links, read_state
@@ -96,6 +97,8 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
     with ExitStack() as held:
         held.enter_context(arithmetic(config.training))
         run = set_up(config, resume, held)
+        if run.accelerator.is_main_process:
+            held.enter_context(leaving_a_word(run.folder, lambda: run.progress.step == run.plan.total_steps))
         # the bar ends its line and the data workers end before an error is told
         with run.tracking.bar, closing(run.batches):
             yield run
