@@ -36,7 +36,7 @@ if [[ -n ${SWEEP:-} ]]; then
         echo "line $SLURM_ARRAY_TASK_ID of $SWEEP has no output_dir: two runs would meet in one folder" >&2
         exit 2
     fi
-    read -ra words <<<"$line"
+    mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line") # which knows quotes
     set -- "$@" "${words[@]}"
 fi
 

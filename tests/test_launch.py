@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tiny import DISCRIMINATOR, tiny_config, write_splits
 
 from vqgan_accel.config import save_config
 from vqgan_accel.interruption import EXIT_INTERRUPTED
+from vqgan_accel.status import status
 
 pytestmark = pytest.mark.slow
 
@@ -199,9 +201,23 @@ def test_slurm_warns_the_tasks_and_keeps_the_log(slurm):
         option.removeprefix("--").partition("=")[::2]
         for option in re.findall(r"^#SBATCH (\S+)", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
     )
-    assert options["signal"] == "USR1@300"  # to the tasks; with B: it would go to this script
+    assert options["signal"] == "USR1@600"  # to the tasks; with B: it would go to this script
     assert "requeue" in options and options["open-mode"] == "append"
     assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+
+
+def test_slurm_runs_one_line_of_a_sweep_in_each_element_of_an_array(slurm, tmp_path):
+    (tmp_path / "sweep.txt").write_text(
+        'output_dir=runs/a seed=1\noutput_dir=runs/b "discriminator.start=300 steps" seed=2\nseed=3\n'
+    )
+    array = slurm | {"SWEEP": str(tmp_path / "sweep.txt"), "SLURM_ARRAY_TASK_ID": "2"}
+    result = subprocess.run([LAUNCH / "slurm.sh", "demo"], env=array, capture_output=True, text=True, check=True)
+    words = ["demo", "output_dir=runs/b", "discriminator.start=300 steps", "seed=2", "--resume"]
+    assert json.loads(result.stdout.splitlines()[0])[0] == ["-m", "vqgan_accel", "train", *words]
+    for line in ("3", "4"):  # without a folder of its own, and none at all
+        array["SLURM_ARRAY_TASK_ID"] = line
+        result = subprocess.run([LAUNCH / "slurm.sh", "demo"], env=array, capture_output=True, text=True)
+        assert result.returncode == 2 and "has no output_dir" in result.stderr
 
 
 def test_slurm_works_in_the_folder_from_which_it_was_submitted(slurm, tmp_path):
@@ -227,3 +243,93 @@ def test_two_cpu_processes_are_two_from_any_directory(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "here/run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2, 2]  # two steps and the validation, once for both processes
     assert "discriminator" in logged[0]
+
+
+# ---- until it has finished
+
+
+def long_run(tmp_path: Path, steps: int) -> Path:
+    training = {"max_steps": steps, "log_every": 1, "checkpoint_every": "1000 steps", "validate_every": "1000 steps"}
+    save_config(tiny_config(tmp_path, training=training), tmp_path / "tiny.yaml")
+    return tmp_path / "run"
+
+
+def wait_for_steps(run: Path, number: int) -> None:
+    end = time.monotonic() + 120
+    log = run / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < number:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def processes_of(words: str) -> list[str]:
+    return subprocess.run(["pgrep", "-f", words], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [str(BIN / "accelerate"), "launch", "--config_file", f"{LAUNCH}/one_gpu.yaml"],
+        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_a_training_saves_and_ends_when_its_launcher_does(launcher, number, tmp_path):
+    run = long_run(tmp_path, 100_000)
+    command = [*launcher, str(REPOSITORY / "train.py"), str(tmp_path / "tiny.yaml"), "training.mixed_precision=no"]
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    wait_for_steps(run, 3)
+    started.send_signal(number)
+    started.wait(timeout=60)
+    end = time.monotonic() + 60
+    while processes_of(str(tmp_path / "tiny.yaml")):
+        assert time.monotonic() < end, "the training outlives its launcher"
+        time.sleep(0.1)
+    found = status(run)
+    assert (found.word, found.total) == ("interrupted", 100_000)
+    assert found.saved is not None and found.saved >= 3 and "stopped by SIGTERM" in found.reason
+
+
+def keep_going(run: Path, tmp_path: Path) -> list[str]:
+    command = [sys.executable, str(REPOSITORY / "train.py"), str(tmp_path / "tiny.yaml"), "--resume"]
+    return ["bash", str(LAUNCH / "keep_going.sh"), str(run), *command]
+
+
+def test_keep_going_starts_again_what_was_killed_or_asked_to_stop_and_ends_when_it_is_done(tmp_path):
+    run = long_run(tmp_path, 60)
+    settings = environment(PYTHON=sys.executable, PAUSE="0", PYTHONPATH=str(REPOSITORY))
+    started = subprocess.Popen(keep_going(run, tmp_path), env=settings, stdout=subprocess.PIPE, text=True)
+    for number, steps in ((signal.SIGUSR1, 3), (signal.SIGKILL, 12)):
+        wait_for_steps(run, steps)
+        (training, *_) = [p for p in processes_of(f"train.py {tmp_path}/tiny.yaml") if p != str(started.pid)]
+        os.kill(int(training), number)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 0
+    words = [line.split(":")[0] for line in output.splitlines() if "saved up to" in line]
+    assert words == ["interrupted", "interrupted", "finished"]
+    starts = [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 3 and starts[0] == 0 < starts[1] <= starts[2]
+    assert status(run).saved == 60
+
+
+def test_keep_going_gives_up_where_nothing_comes_of_it(tmp_path):
+    run = long_run(tmp_path, 60)
+    run.mkdir()
+    shutil.copy(tmp_path / "tiny.yaml", run / "config.yaml")  # a run that was begun, and never saved
+    settings = environment(PYTHON=sys.executable, PAUSE="0", PYTHONPATH=str(REPOSITORY))
+    command = ["bash", str(LAUNCH / "keep_going.sh"), str(run), "bash", "-c", f"echo started >> {tmp_path}/starts"]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "giving up" in done.stderr
+    assert (tmp_path / "starts").read_text().count("started") == 3
+
+
+def test_keep_going_passes_sigterm_on_and_ends_with_75(tmp_path):
+    run = long_run(tmp_path, 100_000)
+    settings = environment(PYTHON=sys.executable, PYTHONPATH=str(REPOSITORY))
+    started = subprocess.Popen(keep_going(run, tmp_path), env=settings)
+    wait_for_steps(run, 3)
+    started.terminate()
+    assert started.wait(timeout=60) == EXIT_INTERRUPTED
+    assert status(run).word == "interrupted" and "stopped by SIGTERM" in status(run).reason

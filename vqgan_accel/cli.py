@@ -18,8 +18,8 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or what `status` has found; 2 after an error told in one sentence (`--debug` shows
-    its traceback); 75 (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume, or could not go
-    on yet, because another process still holds the run's folder."""
+    its traceback); 75 (EXIT_INTERRUPTED) where training stopped on a signal and can go on with --resume, or could not
+    go on yet, because another process still holds the run's folder."""
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants to know what could follow
         import argcomplete
