@@ -3,7 +3,7 @@
 #   bash launch/test.sh [pytest arguments]        VENV=FOLDER says where the environment goes (default .venv-test)
 # With another constraints file than requirements.txt the tests alone, for lint and types are those of the newest
 # versions. The fast part with the lowest versions:
-#   CONSTRAINTS=constraints-lowest.txt PYTHON=python3.10 VENV=.venv-lowest bash launch/test.sh -m "not slow"
+#   CONSTRAINTS=constraints-lowest.txt PYTHON=python3.10 VENV=.venv-lowest bash launch/test.sh -m "not slow" -n 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-test}

@@ -19,8 +19,19 @@ NO_MODULES = {"configs", "launch"}  # links to the repository's folders
 # module is in the room with the longest name that it begins with. (`vqgan_accel` itself stands outside: it has the
 # version, and imports the public names when they are asked for.)
 FLOORS = (
-    ("files", "recipes", "compat", "interruption", "extras", "randomness", "words", "schedules", "data.sources"),
-    ("run_folder", "sections", "config", "commented_yaml", "distributed", "accelerator"),
+    (
+        "files",
+        "recipes",
+        "compat",
+        "interruption",
+        "failures",
+        "extras",
+        "randomness",
+        "words",
+        "schedules",
+        "data.sources",
+    ),
+    ("run_folder", "sections", "config", "commented_yaml", "distributed", "accelerator", "status"),
     ("models", "losses", "data", "describe"),
     ("evaluation", "tokens"),
     ("report", "interop"),

@@ -50,6 +50,14 @@ def start_accelerator(
             InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
         ],
     )
+    require_all_processes(accelerator)
+    require_proven(accelerator)
+    return accelerator
+
+
+def require_all_processes(accelerator: Accelerator) -> None:
+    """ValueError where Accelerate does not see all that were started; on a CPU it may start fewer than it was asked
+    for, which is said."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ValueError(
@@ -61,6 +69,10 @@ def start_accelerator(
             f"{asked} processes were asked for, and on a CPU `accelerate launch` starts one (accelerate issue 2741): "
             f"this run has one; for {asked}: torchrun --standalone --nproc_per_node {asked} -m vqgan_accel train ..."
         )
+
+
+def require_proven(accelerator: Accelerator) -> None:
+    """ValueError for strategies, compilers and precisions that a GAN was not proven with."""
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         raise ValueError(
@@ -78,7 +90,6 @@ def start_accelerator(
             f"mixed precision {accelerator.mixed_precision} (from the accelerate config) is not supported: one "
             "gradient scaler would serve two networks' optimizers; use bf16 or no"
         )
-    return accelerator
 
 
 def processes_asked_for(command: Sequence[str]) -> int:
