@@ -142,6 +142,7 @@ def test_they_train_and_resume_bit_for_bit_with_all_that_they_keep(runs: dict[st
     )
     steps = [line for line in metrics(whole) if "l1" in line]
     assert all({"pull_loss", "anchors"} <= line.keys() for line in steps)
+    assert ["discriminator_anchors" in line for line in steps] == [False, True, True, True, True, True]
     assert ["discriminator" in line for line in steps] == [False, True, True, True, True, True]
 
 

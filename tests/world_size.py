@@ -1,4 +1,4 @@
-"""The runs that test_world_size.py compares: the same training on one process and on two, in one round and in two.
+"""The runs that test_world_size.py compares: the same training on one process and on several, in one round and in two.
 
 python tests/world_size.py FOLDER writes FOLDER/NAME/ for every case: what the run logged, and one file a rank with
 the images and codes of every step, the final networks, and what crossed the wire. FOLDER/NAME~NAME/ holds runs that
@@ -48,6 +48,7 @@ class Case(NamedTuple):
     processes: int
     rounds: int
     architecture: str = "maskgit"
+    batch: int = BATCH
 
     @property
     def name(self) -> str:
@@ -59,6 +60,7 @@ CASES = [
     *(Case(q, "fixed", "sgd", 1, rounds) for q in ("standard", "ema", "gumbel") for rounds in (1, 2)),
     *(Case(q, "adaptive", "adamw", processes, 1) for q in QUANTIZERS for processes in (1, 2)),
     *(Case("ema", "adaptive", "sgd", processes, 2, "taming") for processes in (1, 2)),
+    *(Case(q, "adaptive", "sgd", processes, 1, "maskgit", 16) for q in ("ema", "entropy") for processes in (1, 4, 8)),
 ]
 # An epsilon as large as gradients are keeps AdamW from making steps of their rounding, and lets clipping show.
 ADAMW = {"base_lr": 1e-3, "betas": [0.8, 0.95], "eps": 1e-3, "weight_decay": 5.0, "max_grad_norm": 0.2}
@@ -67,7 +69,7 @@ CHANGES = [
     (Case(q, "adaptive", "adamw", processes, 1), Case(q, "adaptive", "adamw", 3 - processes, 1))
     for q in ("ema", "gumbel")
     for processes in (1, 2)
-]
+] + [(Case("ema", "adaptive", "adamw", 4, 1), Case("ema", "adaptive", "adamw", 2, 1))]
 
 
 def settings(case: Case) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def settings(case: Case) -> dict[str, Any]:
         "training": {
             "max_steps": STEPS,
             "lr_decay": f"{STEPS} steps",
-            "total_batch_size": BATCH,
+            "total_batch_size": case.batch,
             "gradient_accumulation_steps": case.rounds,
             **(ADAMW if case.optimizer == "adamw" else {"base_lr": 0.02}),
             "lr_scaling": "none",

@@ -51,7 +51,9 @@ def _add_training(parsers: Subparsers) -> None:
     _take_tokenizer(evaluate)
     _take_overrides(evaluate)
     _take_data(evaluate)
-    evaluate.add_argument("--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run)")
+    evaluate.add_argument(
+        "--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run, or DATA_SPLIT)"
+    )
 
 
 def _add_configs(parsers: Subparsers) -> None:

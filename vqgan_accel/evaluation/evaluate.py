@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config
+from vqgan_accel.config import Config, Metric
 from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
+from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
@@ -31,6 +33,9 @@ from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
+
+if TYPE_CHECKING:
+    from vqgan_accel.data.stream import StreamSource
 
 ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
 
@@ -109,11 +114,11 @@ def evaluate(
 
     model: what `load_tokenizer` takes; data: images in place of the run's own, whatever data.path may be; overrides:
     `section.key=value`, of the run's config or, where there is none, of the defaults. Writes metrics.json,
-    reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT beside the run's config, or in the
-    tokenizer's folder), prints a table, and returns what metrics.json holds: `results`, metric -> value (psnr in dB,
-    codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides them besides the tokenizer, and its
-    `fingerprint`: numbers compare if and only if theirs are equal. ValueError or FileNotFoundError where the tokenizer,
-    the images or a feature network's weights cannot be had.
+    reconstructions.png and codebook.png into `output` (default: evaluation/SPLIT, or evaluation/DATA_SPLIT of other
+    images, beside the run's config or in the tokenizer's folder), prints a table, and returns what metrics.json holds:
+    `results`, metric -> value (psnr in dB, codebook_usage in %, l2 of pixels in [0, 1]), `protocol`, all that decides
+    them besides the tokenizer, and its `fingerprint`: numbers compare if and only if theirs are equal. ValueError or
+    FileNotFoundError where the tokenizer, the images or a feature network's weights cannot be had.
 
     >>> report = evaluate("runs/first", overrides=["evaluation.metrics=[psnr, codebook]"])
     runs/first/checkpoints/... on 3 images
@@ -126,21 +131,13 @@ def evaluate(
     accelerator = start_accelerator("no", config.training.timeout_minutes)
     settings, device = config.evaluation, accelerator.device
     source = open_source(config.data, settings.split)
-    output = Path(output or results_folder(model, opened) / settings.split)
+    name = settings.split if data is None else f"{Path(data).resolve().name}_{settings.split}"
+    output = Path(output or results_folder(model, opened) / name)
     require_apart(output, config.data, "--output")
-    metrics = Metrics(settings.metrics, tokenizer.quantizer.num_codes, settings, config.weights, device)
-    if (number := count_images(source)) is not None:
-        metrics.require(number)
+    num_codes = tokenizer.quantizer.num_codes
+    metrics, batches = open_measurement(config, settings.metrics, num_codes, source, accelerator)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-    batches = evaluation_loader(
-        source,
-        config.data,
-        settings.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        pin_memory=device.type == "cuda",
-    )
     bar = tqdm(batches, desc=settings.split, unit="batch", disable=not accelerator.is_main_process, dynamic_ncols=True)
     evaluation = evaluate_tokenizer(
         tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
@@ -152,6 +149,25 @@ def evaluate(
         print(table(report, output), flush=True)
     accelerator.wait_for_everyone()
     return report
+
+
+def open_measurement(
+    config: Config,
+    names: Iterable[Metric],
+    num_codes: int,
+    source: ImageSource | StreamSource,
+    accelerator: Accelerator,
+) -> tuple[Metrics, Iterable[Batch]]:
+    """What `evaluate_tokenizer` takes: the metrics, and this process's share of the images. ValueError or
+    FileNotFoundError where a metric's network is missing, or there are too few images for one."""
+    settings, device = config.evaluation, accelerator.device
+    metrics = Metrics(names, num_codes, settings, config.weights, device)
+    if (number := count_images(source)) is not None:
+        metrics.require(number)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    return metrics, evaluation_loader(
+        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda"
+    )
 
 
 def results_folder(model: str | Path, opened: Opened) -> Path:

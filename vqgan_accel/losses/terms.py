@@ -1,7 +1,8 @@
 """The contract of a further loss: what it adds to the losses between images, or to the discriminator's.
 
 A term is one file, with its section (see `vqgan_accel.sections.TermSection`) and its module, and one line, the field of
-LossConfig that holds the section: that field's name is its name in metrics.jsonl.
+LossConfig that holds the section: that field's name is its name in metrics.jsonl, and what it adds to the
+discriminator's loss is there as `discriminator_NAME`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class LossTerm(nn.Module):
     def on_real(self, logits: Tensor) -> Tensor | None:
         """logits (B, 1, ...) of the same round's images."""
         return None
+
+    @property
+    def needs_discriminator(self) -> bool:
+        """Whether it says nothing without one."""
+        return type(self).on_reconstruction is LossTerm.on_reconstruction
 
     def apply_update(self) -> None:
         """Called once per optimizer step, on every rank, after all of its rounds."""

@@ -102,7 +102,10 @@ class Adversary:
             "discriminator": real.detach() + verdict.fake_loss,
             "logits_real": logits.detach().mean(),
             "logits_fake": verdict.logits.mean(),
-            **{name: value + verdict.terms.get(name, 0.0) for name, value in terms.items()},
+            **{
+                f"discriminator_{name}": terms.get(name, 0.0) + verdict.terms.get(name, 0.0)
+                for name in {**verdict.terms, **terms}
+            },
         }
         if self.with_r1:
             penalty = r1_penalty(logits, images)

@@ -18,7 +18,7 @@ from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.training.arithmetic import arithmetic
-from vqgan_accel.training.networks import Built, prepare_networks
+from vqgan_accel.training.networks import Built, build_terms, prepare_networks
 from vqgan_accel.training.plan import Phase
 from vqgan_accel.training.round import tokenizer_backward
 
@@ -54,7 +54,7 @@ def measure_step(config: Config, batch_size: int) -> Timings | None:
 def _measured(config: Config, batch_size: int) -> Timings:
     accelerator = start_accelerator(config.training.mixed_precision, config.training.timeout_minutes)
     device, d_config, size = accelerator.device, config.discriminator, config.data.image_size
-    built = Built(build_tokenizer(config), build_discriminator(config), perceptual_shell(config))
+    built = Built(build_tokenizer(config), build_discriminator(config), perceptual_shell(config), build_terms(config))
     networks = prepare_networks(built, config, accelerator)
     images = torch.rand(batch_size, 3, size, size, device=device) * 2 - 1
     seeds = torch.zeros(batch_size, dtype=torch.int64)

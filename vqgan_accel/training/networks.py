@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from vqgan_accel.config import Config, TrainingConfig, batch_scale
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.losses.reconstruction import ReconstructionLoss
+from vqgan_accel.losses.terms import LossTerm
 from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.discriminators.base import Discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer, TokenizerOutput
@@ -31,6 +32,7 @@ class Built(NamedTuple):
     tokenizer: ImageTokenizer
     discriminator: Discriminator | None
     perceptual: nn.Module | None
+    terms: dict[str, LossTerm]  # further losses, by their key in `losses`
 
 
 @dataclass
@@ -69,7 +71,16 @@ def build_networks(config: Config, fresh: bool, say: Callable[[str], None]) -> B
     if config.training.init_from is not None and fresh:
         for line in begin_with(config.training.init_from, config, tokenizer, discriminator):
             say(line)
-    return Built(tokenizer, discriminator, build_perceptual(config.losses, config.weights))
+    return Built(tokenizer, discriminator, build_perceptual(config.losses, config.weights), build_terms(config))
+
+
+def build_terms(config: Config) -> dict[str, LossTerm]:
+    """ValueError where one would say nothing."""
+    terms = {name: section.build() for name, section in config.losses.terms.items()}
+    for name, term in terms.items():
+        if config.discriminator is None and term.needs_discriminator:
+            raise ValueError(f"losses.{name} is a part of a discriminator's loss, and there is none; leave it out")
+    return terms
 
 
 def prepare_networks(built: Built, config: Config, accelerator: Accelerator) -> Networks:
@@ -96,7 +107,7 @@ def prepare_networks(built: Built, config: Config, accelerator: Accelerator) -> 
                 network.compile()
     if built.perceptual is not None:
         built.perceptual.to(device)
-    terms = {name: section.build().to(device) for name, section in config.losses.terms.items()}
+    terms = {name: term.to(device) for name, term in built.terms.items()}
     tokenizer = learner("tokenizer", built.tokenizer, decay_groups(built.tokenizer, training), training, accelerator)
     adversary = None
     if config.discriminator is not None and built.discriminator is not None:

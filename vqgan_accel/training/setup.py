@@ -19,7 +19,6 @@ from vqgan_accel.data.content import require_content
 from vqgan_accel.data.opening import (
     backend_of,
     count_images,
-    evaluation_loader,
     open_source,
     require_apart,
     require_reader,
@@ -31,7 +30,7 @@ from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import Batch
 from vqgan_accel.describe import describe, step_gflop
 from vqgan_accel.distributed import decided_by_main, same_everywhere
-from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.evaluation.evaluate import open_measurement
 from vqgan_accel.files import lock
 from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name, step_of
 from vqgan_accel.status import leaving_a_word
@@ -186,20 +185,10 @@ def open_order(ground: Ground) -> TrainingOrder | StreamOrder:
 
 def open_validation(ground: Ground) -> Validation:
     """ValueError or FileNotFoundError where a metric's network is missing, or there are too few images for one."""
-    config, accelerator, source = ground.config, ground.accelerator, ground.validation_source
-    settings, device = config.evaluation, accelerator.device
-    metrics = Metrics(config.training.validation_metrics, config.quantizer.num_codes, settings, config.weights, device)
-    if (number := count_images(source)) is not None:
-        metrics.require(number)
-    batches = evaluation_loader(
-        source,
-        config.data,
-        settings.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        pinned(accelerator),
-    )
-    return Validation(config, batches, metrics, device)
+    config, accelerator = ground.config, ground.accelerator
+    names, num_codes = config.training.validation_metrics, config.quantizer.num_codes
+    metrics, batches = open_measurement(config, names, num_codes, ground.validation_source, accelerator)
+    return Validation(config, batches, metrics, accelerator.device)
 
 
 def require_expected_content(ground: Ground) -> None:
