@@ -21,7 +21,7 @@ from helpers import tiny_tokenizer
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.metrics import structural_similarity
-from tiny import SIZE, tiny_config, write_images
+from tiny import SIZE, SPLITS, tiny_config, write_images
 from torch import Tensor, nn
 from torch.distributed.run import main as torchrun
 from torchvision import models as tv
@@ -226,6 +226,18 @@ def test_the_data_that_is_named_takes_the_place_of_the_runs_own(run: Path, tmp_p
     assert main(command) == 0
     assert report == expected == json.loads((here / "commanded" / "metrics.json").read_text())
     assert report["protocol"]["num_images"] == 5
+
+
+def test_results_of_other_images_do_not_take_the_place_of_those_of_the_runs_own(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    write_images(tmp_path / "other" / "validation", 4)
+    for data in (None, tmp_path / "other"):
+        evaluate(copy, data=data, overrides=["data.workers=0", "evaluation.metrics=[l2]", "evaluation.grid_images=0"])
+    found = {file.parent.name: json.loads(file.read_text()) for file in copy.glob("evaluation/*/metrics.json")}
+    assert {name: report["protocol"]["num_images"] for name, report in found.items()} == {
+        "validation": SPLITS["validation"],
+        "other_validation": 4,
+    }
 
 
 # ---- what is written

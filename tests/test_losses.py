@@ -35,6 +35,7 @@ from vqgan_accel.config import (
     StandardQuantizerConfig,
     StyleGAN2Config,
     WeightFiles,
+    parse_config,
 )
 from vqgan_accel.losses import adversarial
 from vqgan_accel.losses.adversarial import adaptive_weight, fake_loss, generator_loss, r1_penalty, real_loss
@@ -46,9 +47,11 @@ from vqgan_accel.losses.perceptual import (
     load_lpips,
 )
 from vqgan_accel.losses.reconstruction import ReconstructionLoss
+from vqgan_accel.losses.terms import LossTerm
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.training.networks import build_terms
 
 Kind = Literal["hinge", "non_saturating"]
 Network = Literal["vgg", "alex", "squeeze"]
@@ -412,6 +415,47 @@ def test_the_discriminators_gradient_crosses_the_wire_once_with_its_second_half(
 
 
 # ---- reconstruction
+
+
+class OnFakes(LossTerm):
+    weight = 0.5
+
+    def on_fake(self, logits: Tensor) -> Tensor:
+        return logits.square().mean()
+
+
+class OnBoth(OnFakes):
+    def on_real(self, logits: Tensor) -> Tensor:
+        return 3 * logits.square().mean()
+
+
+def test_a_term_of_the_discriminators_loss_is_logged_under_its_name_whatever_it_speaks_of(
+    make_accelerator: Callable[[], Accelerator],
+) -> None:
+    config = StyleGAN2Config()
+    images = random_images()
+    game = Game(make_accelerator(), tiny_tokenizer(STANDARD), NO_NETWORK, None, tiny_discriminator(), config)
+    adversary = game.adversary()
+    assert adversary is not None
+    adversary.terms = {"fakes": OnFakes(), "both": OnBoth()}
+    verdict = adversary.judge(random_images().requires_grad_())
+    parts = adversary.learn(images, verdict)
+    real = game.discriminator(images).square().mean()  # type: ignore[misc]
+    fakes = verdict.logits.square().mean()
+    assert parts["discriminator_fakes"].item() == pytest.approx(fakes.item(), rel=1e-6)
+    assert parts["discriminator_both"].item() == pytest.approx((fakes + 3 * real).item(), rel=1e-6)
+    assert not {"fakes", "both"} & parts.keys()  # which are what they say of reconstructions
+
+
+def test_a_term_of_a_discriminator_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Section:
+        build = OnFakes
+
+    monkeypatch.setattr(LossConfig, "terms", {"fakes": Section})
+    values = {"training": {"max_steps": 1}, "data": {"image_size": 32}}
+    with pytest.raises(ValueError, match=r"losses\.fakes is a part of a discriminator's loss, and there is none"):
+        build_terms(parse_config(values))
+    assert isinstance(build_terms(parse_config(values | {"discriminator": {}}))["fakes"], OnFakes)
 
 
 def test_the_reconstruction_loss_is_the_weighted_sum_of_its_parts_which_it_reports_unweighted() -> None:
