@@ -158,7 +158,7 @@ AUDIT = [
     ),
     Mutant(
         "training/state.py",
-        'self.model.n_averaged.fill_(notes["averaged_steps"])',
+        'self.updates = notes["averaged_steps"]',
         "pass",
         "a resumed average begins anew",
     ),
