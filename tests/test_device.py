@@ -25,7 +25,7 @@ from helpers import relative_error, reset_accelerate
 from PIL import Image
 from pretend_device import Collective, Place, on_device
 from runs import assert_same_bits, metrics, tensors, train_until
-from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, write_splits
+from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, write_images, write_splits
 
 from vqgan_accel import distributed
 from vqgan_accel.config import Config
@@ -160,6 +160,29 @@ def test_the_host_waits_once_a_step(case: Case, there: There, tmp_path: Path) ->
     if case.processes > 1:
         number = 2 if "discriminator" in case.settings else 1
         assert sum(each.name == "broadcast_" for step in found for each in step.collectives) == 2 * number
+
+
+def validation_waits(folder: Path, images: int) -> list[str]:
+    """By the functions that waited, of a validation of so many images in batches of two."""
+    write_images(folder / "images" / "validation", images)
+    write_splits(folder / "images")
+    metrics = ["l2", "psnr", "ssim", "codebook"]
+    config = tiny_config(
+        folder,
+        data={"path": str(folder / "images")},
+        training={"validation_metrics": metrics},
+        evaluation={"grid_images": 0},
+    )
+    with on_device() as seen, open_run(config) as run:
+        seen.clear()
+        run.validation.measure(run.networks.best_tokenizer)
+    reset_accelerate()
+    return sorted(place.function for (_, place), number in seen.waits.items() for _ in range(number))
+
+
+def test_a_validation_waits_as_often_for_many_batches_as_for_few(there: There, tmp_path: Path) -> None:
+    few, many = (there(validation_waits, tmp_path / str(images), images) for images in (2, 8))
+    assert few == many and set(few) == {"evaluate_tokenizer", "compute", "perplexity", "codebook_usage"}
 
 
 # ---- mistakes, planted one at a time

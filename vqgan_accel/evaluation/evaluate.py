@@ -78,7 +78,7 @@ def evaluate_tokenizer(
         if not len(images):
             continue
         codes = tokenizer.encode(images)
-        reconstructions = tokenizer.decode(codes)
+        reconstructions = tokenizer.decode_own(codes)
         metrics.update(images, reconstructions, codes)
         for row, position in enumerate(batch["index"].tolist()):
             if position < grid_images:

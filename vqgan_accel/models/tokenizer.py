@@ -122,8 +122,6 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
             return torch.empty(len(images), *sides, dtype=torch.int64, device=images.device)
         return self.quantizer.choose(self.latents(images))
 
-    @torch.no_grad()
-    @ieee_float32()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]; B may be 0
 
@@ -133,6 +131,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
             raise ValueError(f"codes are int64 of shape (B, h, w), not {codes.dtype} of shape {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.quantizer.num_codes:
             raise ValueError(f"codes lie in [0, {self.quantizer.num_codes}), not in [{codes.min()}, {codes.max()}]")
+        return self.decode_own(codes)
+
+    @torch.no_grad()
+    @ieee_float32()
+    def decode_own(self, codes: Tensor) -> Tensor:
+        """`decode` of what `encode` has returned, without a look at it, for which a GPU keeps the host waiting."""
         if not codes.numel():
             return torch.empty(len(codes), 3, *(side * self.stride for side in codes.shape[1:]), device=codes.device)
         pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
