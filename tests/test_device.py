@@ -34,6 +34,7 @@ from vqgan_accel.evaluation.evaluate import evaluate
 from vqgan_accel.evaluation.reconstruct import reconstruct
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError
 from vqgan_accel.losses.perceptual import LPIPSDistance
+from vqgan_accel.models.build import build_discriminator, build_tokenizer
 from vqgan_accel.models.discriminators import convolution
 from vqgan_accel.models.quantizers import base, gumbel
 from vqgan_accel.tokens.write import tokenize
@@ -160,6 +161,29 @@ def test_the_host_waits_once_a_step(case: Case, there: There, tmp_path: Path) ->
     if case.processes > 1:
         number = 2 if "discriminator" in case.settings else 1
         assert sum(each.name == "broadcast_" for step in found for each in step.collectives) == 2 * number
+
+
+# bytes of what a quantizer of 16 codes of 8 numbers sums itself: in each of two rounds, or once an update
+OWN = {"ema": [64, 512], "entropy": [64, 64]}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_an_update_sends_each_gradient_once_and_little_else(kind: str, there: There, tmp_path: Path) -> None:
+    """From the device, for a tensor of the CPU would have been refused."""
+    case = Case("", 2, EVERYTHING | {"quantizer": {"type": kind}})
+    config = tiny_config(tmp_path / "other", **case.settings)
+    built = [build_tokenizer(config), build_discriminator(config)]
+    sizes = [4 * sum(each.numel() for each in network.parameters()) for network in built if network is not None]
+    for step in there(steps, tmp_path, case)[2:]:  # when DDP's buckets lie as they will
+        assert {each.name for each in step.collectives} == {"allreduce_"}
+        gradients = [each for each in step.collectives if each.place.file != "distributed.py"]
+        assert [each.bytes for each in gradients] == sizes
+        assert [each.place.function for each in gradients] == ["tokenizer_backward", "_learn"]
+        rest = [each.bytes for each in step.collectives if each not in gradients]
+        last_layer = 2 * 4 * built[0].decoder.conv_out.weight.numel()  # its two gradients, for lambda, each round
+        for known in (last_layer, last_layer, 8 * 16, *OWN.get(kind, [])):  # the use of the codes is counted in int64
+            rest.remove(known)
+        assert len(rest) == 1 and rest[0] <= 4 * 16  # losses, skipped images, requests
 
 
 def validation_waits(folder: Path, images: int) -> list[str]:
@@ -299,8 +323,6 @@ def test_a_planted_mistake_is_seen_with_its_line(mistake: Mistake, there: There,
 # ---- whole runs
 
 ROUNDING = 1e-4  # relative; on a GPU D lies in another memory format, so its sums are added in another order
-QUICK = "standard"  # the one that is tried every time
-OTHERS = [kind for kind in QUANTIZERS if kind != QUICK]
 
 
 def whole(folder: Path, kind: str) -> Config:
@@ -363,7 +385,8 @@ def run_whole_there(folder: Path, kind: str) -> None:
     reset_accelerate()
 
 
-@pytest.mark.parametrize("kind", [QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_a_run_and_all_that_is_made_of_it_are_those_of_a_cpu(kind: str, there: There, tmp_path: Path) -> None:
     mine, other = tmp_path / "cpu", tmp_path / "device"
     run_whole(mine, kind)

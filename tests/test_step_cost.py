@@ -6,13 +6,12 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers import reset_accelerate, tiny_tokenizer
-from tiny import QUANTIZERS, tiny_config
+from tiny import tiny_config
 from torch import Tensor
 
 from vqgan_accel.config import Config, LossConfig, StyleGAN2Config
@@ -84,23 +83,3 @@ def test_the_discriminators_graph_is_gone_when_the_tokenizers_backward_pass_begi
     images = torch.rand(4, 3, 16, 16)
     Game(Accelerator(cpu=True), tokenizer, losses, None, discriminator, adversarial).first_half(images)
     assert len(kept) > 20 and alive == [0]
-
-
-SPECIAL: dict[str, dict[str, Any]] = {"entropy": {"entropy_target": "argmax"}, "gumbel": {"straight_through": True}}
-
-
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_no_value_is_asked_for_in_a_step(quantizer: str, tmp_path: Path) -> None:
-    """Which on the meta device is an error, and would make a GPU's host wait."""
-    config = tiny_config(tmp_path, quantizer={"type": quantizer, **SPECIAL.get(quantizer, {})})
-    adversarial = StyleGAN2Config(adaptive_weight=True, r1_weight=1.0)
-    with torch.device("meta"):
-        tokenizer = tiny_tokenizer(config.quantizer)
-        discriminator = StyleGAN2Discriminator(16, channel_base=128, channel_max=16)
-        images = torch.zeros(4, 3, 16, 16)
-    losses = LossConfig(perceptual_weight=0)
-    accelerator = Accelerator(cpu=True)
-    game = Game(accelerator, tokenizer, losses, None, discriminator, adversarial, with_r1=True)
-    step = game.first_half(images)
-    parts = game.second_half(images, step)
-    assert all(value.device.type == "meta" for value in (step.losses | parts).values())
