@@ -151,10 +151,23 @@ def in_the_loop(step: Step) -> list[tuple[str, str, str, int]]:
     return [(what, at.file, at.function, n) for (what, at), n in step.waits.items() if at not in anew]
 
 
+@pytest.fixture(scope="module")
+def steps_of(there: There, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[Step]]:
+    """`steps` there, of each case once."""
+    known: dict[str, list[Step]] = {}
+
+    def of(case: Case) -> list[Step]:
+        if case.name not in known:
+            known[case.name] = there(steps, tmp_path_factory.mktemp("steps"), case)
+        return known[case.name]
+
+    return of
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_host_waits_once_a_step(case: Case, there: There, tmp_path: Path) -> None:
+def test_the_host_waits_once_a_step(case: Case, steps_of: Callable[[Case], list[Step]]) -> None:
     """Where the loop asks for losses, norms and requests together."""
-    found = there(steps, tmp_path, case)
+    found = steps_of(case)
     assert len(found) == STEPS
     for step in found:
         assert in_the_loop(step) == [("tolist", "training/loop.py", "global_values", 1)]
@@ -168,13 +181,15 @@ OWN = {"ema": [64, 512], "entropy": [64, 64]}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_an_update_sends_each_gradient_once_and_little_else(kind: str, there: There, tmp_path: Path) -> None:
+def test_an_update_sends_each_gradient_once_and_little_else(
+    kind: str, steps_of: Callable[[Case], list[Step]], tmp_path: Path
+) -> None:
     """From the device, for a tensor of the CPU would have been refused."""
-    case = Case("", 2, EVERYTHING | {"quantizer": {"type": kind}})
-    config = tiny_config(tmp_path / "other", **case.settings)
+    [case] = [case for case in CASES if case.name == f"{kind}, everything, 2"]
+    config = tiny_config(tmp_path, **case.settings)
     built = [build_tokenizer(config), build_discriminator(config)]
     sizes = [4 * sum(each.numel() for each in network.parameters()) for network in built if network is not None]
-    for step in there(steps, tmp_path, case)[2:]:  # when DDP's buckets lie as they will
+    for step in steps_of(case)[2:]:  # when DDP's buckets lie as they will
         assert {each.name for each in step.collectives} == {"allreduce_"}
         gradients = [each for each in step.collectives if each.place.file != "distributed.py"]
         assert [each.bytes for each in gradients] == sizes
