@@ -36,7 +36,7 @@ SLOW_IMPORTS += ("lpips", "omegaconf", "pydantic", "safetensors.torch", "tensorb
 SLOW_IMPORTS += ("torch.utils.flop_counter", "torchvision.models")
 TIMEOUT = 900  # seconds
 SURVIVED = "**survived**"
-NEXT = "Next: [the first run on a GPU](gpu/2026-11-26_H200.md)"
+NEXT = "Next: [the first run on a GPU](gpu/2026-11-26_H200.md)."
 
 
 class Outcome(NamedTuple):
