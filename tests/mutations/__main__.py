@@ -70,10 +70,10 @@ def first_failure(mutant: Mutant, clone: Path) -> str | None:
         said = Path(output.name).read_text(encoding="utf-8", errors="replace")
     if child.exitcode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", said, re.MULTILINE)
-    if child.exitcode != 1 and found is None:
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - |$)", said, re.MULTILINE)
+    if found is None:  # a test file that cannot be imported has seen nothing
         raise RuntimeError(f"{mutant.file}: pytest ended with {child.exitcode}\n{said[-3000:]}")
-    return found[1] if found else "?"
+    return found[1]
 
 
 def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
