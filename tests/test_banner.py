@@ -140,7 +140,12 @@ def test_a_learning_rate_far_from_where_its_rule_was_tried_is_told(
 
 @pytest.mark.parametrize(
     ("device", "precision", "tf32", "told"),
-    [("cuda", "no", False, True), ("cuda", "no", True, False), ("cuda", "bf16", False, False), ("cpu", "no", False, False)],
+    [
+        ("cuda", "no", False, True),
+        ("cuda", "no", True, False),
+        ("cuda", "bf16", False, False),
+        ("cpu", "no", False, False),
+    ],
 )
 def test_slow_float32_convolutions_are_told_where_there_is_something_faster(
     device: str, precision: str, tf32: bool, told: bool, capsys: pytest.CaptureFixture[str]

@@ -475,6 +475,29 @@ def test_the_reconstruction_loss_is_the_weighted_sum_of_its_parts_which_it_repor
     assert total.item() == 2 * 0.75 + 4 * 0.625 and set(parts) == {"l1", "l2"}
 
 
+class Further(LossTerm):
+    """Says how far apart the first pixels are, or nothing."""
+
+    def __init__(self, weight: float, silent: bool = False) -> None:
+        super().__init__()
+        self.weight, self.silent = weight, silent
+
+    def on_reconstruction(self, reconstruction: Tensor, images: Tensor) -> Tensor | None:
+        return None if self.silent else (reconstruction - images)[0, 0, 0, 0]
+
+
+def test_further_losses_are_added_times_their_weights_and_reported_without_them() -> None:
+    images, reconstruction = torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.5).requires_grad_()
+    terms: dict[str, LossTerm] = {"a": Further(8.0), "b": Further(-3.0), "nothing": Further(1.0, silent=True)}
+    config = LossConfig(l1_weight=1, l2_weight=0, perceptual_weight=0)
+    total, parts = ReconstructionLoss(config, None, terms)(reconstruction, images)
+    assert {name: part.item() for name, part in parts.items()} == {"l1": 0.5, "l2": 0.25, "a": 0.5, "b": 0.5}
+    assert total.item() == 0.5 + (8 - 3) * 0.5
+    assert total.requires_grad and not any(part.requires_grad for part in parts.values())
+    (gradient,) = torch.autograd.grad(total, reconstruction)
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(1 / 24 + 8 - 3)
+
+
 # ---- LPIPS
 
 
