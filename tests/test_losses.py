@@ -51,7 +51,9 @@ from vqgan_accel.losses.terms import LossTerm
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.training.learner import Learner
 from vqgan_accel.training.networks import build_terms
+from vqgan_accel.training.round import tokenizer_backward
 
 Kind = Literal["hinge", "non_saturating"]
 Network = Literal["vgg", "alex", "squeeze"]
@@ -335,6 +337,29 @@ def test_without_a_discriminator_the_tokenizer_gradients_are_those_of_reconstruc
     step = Game(make_accelerator(), tokenizer, losses).first_half(images)
     assert set(step.losses) == {"total", "l1", "l2", "codebook_loss", "commitment_loss"}
     check_gradients(tokenizer, classic, tolerance=1e-5)
+
+
+class Wrapped(nn.Module):
+    """Stands for DDP, which reduces the gradients of the passes that go through it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.passes = module, 0
+
+    def forward(self, *inputs: Any) -> Any:
+        self.passes += 1
+        return self.module(*inputs)
+
+
+def test_the_tokenizers_one_pass_of_a_round_goes_through_what_wraps_it(
+    make_accelerator: Callable[..., Accelerator],
+) -> None:
+    network = tiny_tokenizer(STANDARD)
+    wrapped = Wrapped(network)
+    learner = Learner("tokenizer", network, wrapped, torch.optim.SGD(network.parameters()))
+    loss = ReconstructionLoss(NO_NETWORK, None, {})
+    tokenizer_backward(make_accelerator(), learner, loss, None, random_images(), None)
+    assert wrapped.passes == 1
 
 
 @each_kind
