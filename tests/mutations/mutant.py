@@ -18,7 +18,7 @@ TESTS = {
     "training/plan.py": ("test_plan.py", "test_plain_trainer.py"),
     "schedules.py": ("test_schedules.py", "test_plan.py"),
     "training/checkpoint.py": ("test_state.py", "test_training.py"),
-    "training/state.py": ("test_state.py", "test_bad_steps.py", "test_plain_trainer.py", "test_training.py"),
+    "training/state.py": ("test_state.py", "test_bad_steps.py", "test_training.py", "test_plain_trainer.py"),
     "training/codebook.py": ("test_codebook.py", "test_bad_steps.py", "test_state.py", "test_plain_trainer.py"),
     "training/arithmetic.py": ("test_arithmetic.py",),
     "training/banner.py": ("test_banner.py",),
