@@ -77,14 +77,16 @@ def first_failure(mutant: Mutant, clone: Path) -> str | None:
 
 
 def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
-    """In a process of its own, with the clone's package."""
+    """In a process of its own, with the clone's package. (`sys.exit` would wait for the pool that it was forked from.)"""
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(clone)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(clone)}
     sys.path[:] = [str(clone), *(path for path in sys.path if path != str(Path(__file__).parent))]
     sys.dont_write_bytecode = True
-    sys.exit(int(pytest.main(arguments)))
+    status = pytest.main(arguments)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def outcomes(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:

@@ -803,7 +803,6 @@ OWN = [
         "            pass",
         "the discriminator's half of a step takes no time",
     ),
-    Mutant("training/measure.py", 'update={"on_error": "skip"}', "update={}", "a broken image ends the measurement"),
     Mutant(
         "training/measure.py",
         "(time.perf_counter() - start) / number",
