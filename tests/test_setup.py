@@ -11,6 +11,7 @@ import torch
 from tiny import DISCRIMINATOR, tiny_config, write_images
 
 from vqgan_accel.config import parse_config
+from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.training import setup
 from vqgan_accel.training.loop import train
 from vqgan_accel.training.plan import make_plan
@@ -50,7 +51,7 @@ def test_too_few_images_for_a_metric_are_refused_before_anything_is_written(
         asked.append(number)
         raise ValueError("too few")
 
-    monkeypatch.setattr(setup.Metrics, "require", require)
+    monkeypatch.setattr(Metrics, "require", require)
     write_images(tmp_path / "images" / "validation", 1)
     write_images(tmp_path / "images" / "train", 8, seed=1)
     with pytest.raises(ValueError, match="too few"):

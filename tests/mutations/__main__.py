@@ -77,7 +77,7 @@ def first_failure(mutant: Mutant, clone: Path) -> str | None:
 
 
 def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
-    """In a process of its own, with the clone's package. (`sys.exit` would wait for the pool that it was forked from.)"""
+    """In a process of its own, with the clone's package. (`sys.exit` would wait for a pool that is not in it.)"""
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(clone)

@@ -793,8 +793,8 @@ OWN = [
     ),
     Mutant(
         "training/measure.py",
-        "build_discriminator(config), perceptual_shell(config))",
-        "build_discriminator(config), None)",
+        "perceptual_shell(config), build_terms(config))",
+        "None, build_terms(config))",
         "the perceptual network takes no time",
     ),
     Mutant(
@@ -961,14 +961,8 @@ OWN = [
     ),
     Mutant(
         "training/setup.py",
-        "metrics.require(number)",
-        "pass",
-        "too few images for a metric are found out after an epoch",
-    ),
-    Mutant(
-        "training/setup.py",
-        "Metrics(config.training.validation_metrics, ",
-        "Metrics(settings.metrics, ",
+        "config.training.validation_metrics, ",
+        "config.evaluation.metrics, ",
         "training.validation_metrics does nothing",
     ),
     Mutant(
