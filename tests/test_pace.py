@@ -155,6 +155,8 @@ def test_the_time_left_is_a_lower_bound_until_the_discriminator_has_taken_part(c
     plan = make_plan(config(discriminator={"start": "40 steps"}), num_images=8, num_processes=1)
     assert pace_of().time_left(plan, 40, step_time=1) == "more than 1 min 00 s left"
     assert pace_of().time_left(plan, 41, step_time=1) == "59 s left"
+    plan = make_plan(config(discriminator={"start": "100 steps"}), num_images=8, num_processes=1)  # never
+    assert pace_of().time_left(plan, 41, step_time=1) == "59 s left"
 
 
 def config(discriminator: dict[str, str] | None) -> Config:

@@ -1213,6 +1213,18 @@ OWN = [
         "further losses are logged weighted",
     ),
     Mutant(
+        "losses/terms.py",
+        "is LossTerm.on_reconstruction",
+        "is not LossTerm.on_reconstruction",
+        "a part of a discriminator's loss is let pass where there is none",
+    ),
+    Mutant(
+        "training/adversary.py",
+        'f"discriminator_{name}": terms',
+        "name: terms",
+        "a further loss's share of D's is logged as its share of the tokenizer's",
+    ),
+    Mutant(
         "models/quantizers/base.py",
         "max(1, MAX_DISTANCES // len(codebook))",
         "MAX_DISTANCES // len(codebook)",
