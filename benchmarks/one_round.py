@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from accelerate import Accelerator
@@ -36,7 +37,7 @@ class Game(NamedTuple):
     def learner(self, name: str, network: nn.Module) -> Learner:
         return Learner(name, self.accelerator.unwrap_model(network), network, SGD(network.parameters(), lr=0.0))
 
-    def first_half(self, images: Tensor, seeds: Tensor | None = None) -> Round:
+    def first_half(self, images: Tensor, seeds: Sequence[int] | None = None) -> Round:
         loss = ReconstructionLoss(self.losses, self.perceptual, {})
         tokenizer = self.learner("tokenizer", self.tokenizer)
         return tokenizer_backward(self.accelerator, tokenizer, loss, self.adversary(), images, seeds)

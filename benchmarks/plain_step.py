@@ -9,7 +9,7 @@ the discriminator on the reconstruction, torch's own second derivative of a conv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,7 @@ class OneHotQuantizer(Quantizer):
         self.num_codes, self.input_channels = standard.num_codes, standard.input_channels
         self.commitment_cost, self.codebook = standard.commitment_cost, standard.codebook
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         batch, dimension, height, width = latents.shape
         tokens = latents.permute(0, 2, 3, 1).reshape(-1, dimension)
         products = tokens @ self.codebook.T

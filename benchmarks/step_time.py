@@ -20,7 +20,7 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -143,7 +143,7 @@ class VQModelTokenizer(nn.Module):
     def last_layer(self, features: Tensor) -> Tensor:
         return self.decoder.conv_out(features)
 
-    def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> TokenizerOutput:
+    def forward(self, images: Tensor, sample_seeds: Sequence[int] | None = None) -> TokenizerOutput:
         latents = self.model.encode(images).latents
         quantized, loss, (_, _, codes) = self.model.quantize(latents)
         reconstruction = self.decoder(self.model.post_quant_conv(quantized))

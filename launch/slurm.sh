@@ -30,6 +30,10 @@ if [[ $# -lt 1 ]]; then
 fi
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" # SLURM runs a copy of this script from elsewhere
 
+if [[ -n ${SLURM_GPUS_ON_NODE:-} && ${SLURM_NTASKS_PER_NODE:-$SLURM_GPUS_ON_NODE} != "$SLURM_GPUS_ON_NODE" ]]; then
+    echo "$SLURM_NTASKS_PER_NODE tasks a node on $SLURM_GPUS_ON_NODE GPUs: give --ntasks-per-node and --gpus-per-node alike" >&2
+    exit 2
+fi
 if [[ -n ${SWEEP:-} ]]; then
     line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP is for array jobs: sbatch --array=1-N}p" "$SWEEP")
     if [[ $line != *output_dir=* ]]; then
@@ -41,6 +45,7 @@ if [[ -n ${SWEEP:-} ]]; then
 fi
 
 # Edit: `python` must be that of the environment in which vqgan_accel is installed, on every node, for example
+# module load cuda
 # source .venv/bin/activate
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # a name, if every node can resolve it

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Rank, run_ranks
 from tiny import tiny_config
 
 from vqgan_accel.config import save_config
 from vqgan_accel.failures import known_failure
+from vqgan_accel.interruption import StopRequest
+from vqgan_accel.status import status
+from vqgan_accel.training import loop
+from vqgan_accel.training.setup import Run
 
 REPOSITORY = Path(__file__).parent.parent
 GONE = "another process of this run has stopped; its own message says why"
@@ -157,3 +162,25 @@ def test_a_taken_port_is_told_by_the_command_line(tmp_path: Path) -> None:
     assert "error (process 0): the processes cannot work together (" in done.stderr
     assert "EADDRINUSE" in done.stderr and f"127.0.0.1:{port}" in done.stderr and "the port is taken" in done.stderr
     assert GONE not in done.stderr
+
+
+def step_that_breaks(me: Rank) -> None:
+    original = loop.take_step
+
+    def take_step(run: Run, stop_request: StopRequest) -> loop.StepTaken:
+        if me.rank == 2 and run.progress.step == 1:
+            raise KeyError("what went wrong")
+        return original(run, stop_request)
+
+    loop.take_step = take_step
+
+
+@pytest.mark.slow
+def test_a_process_that_breaks_ends_all_others_and_they_point_at_its_error(tmp_path: Path) -> None:
+    settings = {"total_batch_size": 8, "max_steps": 50, "log_every": 1}
+    save_config(tiny_config(tmp_path, training=settings), tmp_path / "tiny.yaml")
+    outcome = run_ranks([str(tmp_path / "tiny.yaml")], step_that_breaks, number=4)
+    assert not outcome.hung
+    assert outcome.codes == [2, 2, 1, 2]  # a traceback, and sentences
+    assert "KeyError: 'what went wrong'" in outcome.output and outcome.output.count(GONE) == 3
+    assert status(tmp_path / "run").word == "interrupted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import os
@@ -243,6 +244,27 @@ def test_two_cpu_processes_are_two_from_any_directory(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "here/run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2, 2]  # two steps and the validation, once for both processes
     assert "discriminator" in logged[0]
+
+
+# ---- containers
+
+
+def test_the_dockerfile_has_steps_that_there_are():
+    """There is no Docker here. What its two RUN lines call is run in CI: setup.sh with extras, install_ffcv.sh."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    assert {name for name, _ in steps} <= {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "CMD"}
+    copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
+    assert all((REPOSITORY / source).exists() for source in copied)
+    assert {"setup.cfg", "requirements.txt", "vqgan_accel", "launch", "configs", "train.py"} <= {*copied}
+    setup, ffcv = (shlex.split(rest) for name, rest in steps if name == "RUN")
+    extras = configparser.ConfigParser()
+    extras.read(REPOSITORY / "setup.cfg")
+    assert setup[:3] == ["bash", "launch/setup.sh", ".venv"]
+    assert set(setup[3].split(",")) <= extras["options.extras_require"].keys()
+    assert ffcv == ["bash", "launch/install_ffcv.sh", ".venv"]
+    (command,) = [json.loads(rest) for name, rest in steps if name == "CMD"]
+    assert command == ["vqgan-accel", "doctor"]
 
 
 # ---- until it has finished

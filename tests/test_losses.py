@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -252,7 +252,7 @@ def classic_total(
     perceptual: nn.Module,
     discriminator: nn.Module,
     images: Tensor,
-    seeds: Tensor,
+    seeds: Sequence[int],
     config: DiscriminatorConfig,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss as the papers write it, with lambda from two full backward passes; and its parts."""
@@ -303,7 +303,7 @@ def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_dis
     for model in (tokenizer, classic):
         if isinstance(model.quantizer, GumbelQuantizer):
             model.quantizer.kl_cost = 0.5
-    discriminator, images, seeds = tiny_discriminator(), random_images(), torch.arange(4)
+    discriminator, images, seeds = tiny_discriminator(), random_images(), range(4)
     total, parts = classic_total(classic, random_mobilenet, discriminator, images, seeds, config)
     total.backward()
     discriminator.zero_grad()

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_tokenizer
 from tiny import DISCRIMINATOR, QUANTIZERS, tiny_config
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel import distributed
 from vqgan_accel.config import Config
@@ -21,7 +23,7 @@ from vqgan_accel.models.weights import FixedModule
 from vqgan_accel.training.checkpoint import read_state, write_state
 from vqgan_accel.training.loop import take_step
 from vqgan_accel.training.setup import Run, open_run
-from vqgan_accel.training.state import Progress, StreamPosition, read_stream
+from vqgan_accel.training.state import Average, Progress, StreamPosition, read_stream
 
 GAME = DISCRIMINATOR | {"r1_weight": 1.0, "adaptive_weight": True}
 # parts of a run that hold tensors and whose steps leave nothing behind
@@ -95,7 +97,7 @@ def test_a_module_a_tensor_or_an_average_that_is_not_listed_is_found(tmp_path: P
         run.pace.history = torch.zeros(3)  # type: ignore[attr-defined]
         run.networks.tokenizer.critic = nn.Linear(2, 2)  # type: ignore[attr-defined]
         del run.state["average"]
-        assert missing_from_the_list(run) == ["networks: Linear", "networks: AveragedModel", "pace: Tensor"]
+        assert missing_from_the_list(run) == ["networks: Linear", "networks: ImageTokenizer", "pace: Tensor"]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -115,6 +117,8 @@ def test_all_of_it_comes_back_from_a_checkpoint(quantizer: str, tmp_path: Path) 
                 for moment in (moment for state in thing.state.values() for moment in state.values()):
                     spoil(moment)
         run.progress.step, run.progress.best, run.progress.bad_steps = 77, 1.0, 5
+        assert run.networks.average is not None
+        run.networks.average.updates = 0
         assert all(not torch.equal(before[name], value) for name, value in everything(run).items() if value.numel())
         read_state(run.state, held)
         after = everything(run)
@@ -143,6 +147,20 @@ def test_without_a_stream_there_is_no_file_of_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [] and read_stream(tmp_path) == {}
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_an_average_has_the_bits_of_torchs(quantizer: str) -> None:
+    tokenizer = tiny_tokenizer(QUANTIZERS[quantizer])
+    average = Average(tokenizer, 0.9, torch.device("cpu"))
+    expected = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for update in range(3):
+        for tensor in tensors_of(tokenizer):
+            tensor.data += (update + 1) * torch.rand(tensor.shape)
+        average.apply_update()
+        expected.update_parameters(tokenizer)
+    for mine, torchs in zip(tensors_of(average.tokenizer), tensors_of(expected.module), strict=True):
+        assert torch.equal(mine, torchs)
+
+
 @torch.no_grad()
 def spoil(tensor: Tensor) -> None:
     tensor.add_(1)
@@ -152,8 +170,9 @@ def everything(run: Run) -> dict[str, Tensor]:
     """A copy of what a checkpoint has to hold, by name."""
     networks = run.networks
     assert networks.adversary is not None and networks.average is not None
-    found = {"usage": run.usage.counts, "progress": torch.tensor([run.progress.step, run.progress.bad_steps])}
-    modules = {learner.name: learner.network for learner in networks.learners} | {"average": networks.average.model}
+    numbers = [run.progress.step, run.progress.bad_steps, networks.average.updates]
+    found = {"usage": run.usage.counts, "numbers": torch.tensor(numbers)}
+    modules = {learner.name: learner.network for learner in networks.learners} | {"average": networks.average.tokenizer}
     for name, module in modules.items():
         found |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     for learner in networks.learners:

@@ -13,9 +13,10 @@ from packaging.version import Version
 
 
 def accelerator_device() -> torch.device | None:
-    """This machine's GPU, or what it has in its place; None on a CPU."""
+    """This machine's GPU, or what it has in its place; None on a CPU, and for Apple's GPU, which has no float64."""
     if hasattr(torch, "accelerator"):  # torch 2.6
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return None if found is None or found.type == "mps" else found
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"  # a file in a folder that only one process may work in
+# what a disk says that lacks links, or `fsync` of folders: SMB, FUSE, object stores
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 ASK_AGAIN = 1.0  # seconds between two tries to get it
 
 
@@ -65,12 +68,35 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's renames, durable."""
+    """Make a file's content, or a folder's renames, durable. (Disks that cannot do that for folders do not stop us.)"""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def point(link: Path, name: str) -> None:
+    """Make `link` a link to `name` beside it, at one stroke; a file that holds the name where the disk has no links."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(name)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        partial.write_text(name + "\n", encoding="utf-8")
+    os.replace(partial, link)
+
+
+def followed(link: Path) -> Path:
+    """Where a file that `point` wrote leads; any other path is itself."""
+    if not link.is_file():
+        return link
+    return link.with_name(link.read_text(encoding="utf-8").strip() or link.name)
 
 
 class FolderHeldError(ValueError):

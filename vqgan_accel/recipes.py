@@ -15,7 +15,7 @@ from vqgan_accel.files import naming
 CONFIGS = Path(__file__).parent / "configs"
 LAUNCH = Path(__file__).parent / "launch"
 # for users of the trainer; the other scripts there are the checkout's own
-LAUNCH_FILES = ("*.yaml", "slurm.sh", "two_cpu_processes.sh", "install_ffcv.sh", "demo_photographs.py")
+LAUNCH_FILES = ("*.yaml", "slurm.sh", "keep_going.sh", "two_cpu_processes.sh", "install_ffcv.sh", "demo_photographs.py")
 
 
 def recipes() -> dict[str, Path]:

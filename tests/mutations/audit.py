@@ -64,8 +64,8 @@ AUDIT = [
     ),
     Mutant(
         "training/state.py",
-        "get_ema_multi_avg_fn(decay)",
-        "get_ema_multi_avg_fn(0.1)",
+        "self.source, self.decay = tokenizer, decay",
+        "self.source, self.decay = tokenizer, 0.1",
         "ema_decay is 0.1 for everybody",
     ),
     Mutant(
@@ -158,7 +158,7 @@ AUDIT = [
     ),
     Mutant(
         "training/state.py",
-        'self.model.n_averaged.fill_(notes["averaged_steps"])',
+        'self.updates = notes["averaged_steps"]',
         "pass",
         "a resumed average begins anew",
     ),

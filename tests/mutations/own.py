@@ -110,7 +110,19 @@ OWN = [
     ),
     Mutant("training/state.py", "self.bad_steps_in_a_row = 0", "pass", "bad steps add up over a whole run"),
     Mutant(
-        "training/state.py", "self.model.update_parameters(self.source)", "pass", "the average stays the first weights"
+        "training/state.py",
+        "torch._foreach_lerp_(averages, newest, 1 - self.decay)",
+        "pass",
+        "the average stays the first weights",
+    ),
+    Mutant(
+        "training/state.py", "        if self.updates:\n", "        if True:\n", "the first average is not the weights"
+    ),
+    Mutant(
+        "training/state.py",
+        "torch._foreach_copy_(list(self.tokenizer.buffers()), list(self.source.buffers()))",
+        "pass",
+        "the average has the first buffers",
     ),
     Mutant(
         "training/codebook.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vqgan_accel.files import followed
 from vqgan_accel.run_folder import (
     CONFIG,
     TOKENIZER,
@@ -22,6 +23,7 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
     A run means its latest checkpoint; of a checkpoint the averaged weights are taken where it has them.
     FileNotFoundError where there is none.
     """
+    path = followed(path)
     if not path.is_dir():
         path = downloaded(path)
     checkpoint = path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,8 +105,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     def to_public_range(self, pixels: Tensor) -> Tensor:
         return pixels.float() * self.pixel_std + self.pixel_mean
 
-    def forward(self, images: Tensor, sample_seeds: Tensor | None = None) -> TokenizerOutput:
-        """images (B, 3, H, W) in [-1, 1]; sample_seeds (B,) int64: see Quantizer.forward."""
+    def forward(self, images: Tensor, sample_seeds: Sequence[int] | None = None) -> TokenizerOutput:
+        """images (B, 3, H, W) in [-1, 1]; sample_seeds: see Quantizer.forward."""
         latents = self.latents(images)
         quantized = self.quantizer(latents, sample_seeds)
         pixels, features = self.decoder(quantized.quantized)

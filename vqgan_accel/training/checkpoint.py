@@ -28,7 +28,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vqgan_accel.files import sync, write_json
+from vqgan_accel.files import point, sync, write_json
 from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name
 from vqgan_accel.training.state import Stateful
 
@@ -95,15 +95,13 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
 def point_links(run: Path, step: int, best_step: int | None) -> None:
     """`latest` and `best`, from what a checkpoint says: an interruption between two renames is made good here."""
     for name, target in (("latest", step), ("best", best_step)):
-        link, partial = checkpoints_folder(run) / name, checkpoints_folder(run) / f".{name}{PARTIAL}"
+        link = checkpoints_folder(run) / name
         if link.is_dir() and not link.is_symlink():  # a copy that followed links
             set_aside(link)
         if target is None or not (checkpoints_folder(run) / step_name(target)).is_dir():
             link.unlink(missing_ok=True)
             continue
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(step_name(target))
-        os.replace(partial, link)
+        point(link, step_name(target))
     sync(checkpoints_folder(run))
 
 
@@ -116,7 +114,7 @@ def set_aside(checkpoint: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """What is in use elsewhere (a file that is being read over NFS) stays until the next time: no run dies of it."""
     for path in folder.glob(".*"):
-        if path.is_symlink():
+        if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.suffix in (PARTIAL, REMOVED):
             shutil.rmtree(path, ignore_errors=True)

@@ -131,16 +131,15 @@ def adversary_at(run: Run, step: int) -> Adversary | None:
     return None if adversary.phase == "absent" else adversary
 
 
-def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> Tensor | None:
-    """(B,) seeds of this process's samples in a round, for the quantizer that draws noise: functions of their
-    position."""
+def noise_seeds(plan: Plan, step: int, round_index: int, process_index: int) -> tuple[int, ...] | None:
+    """Seeds of this process's B samples in a round, for the quantizer that draws noise: functions of their position."""
     if not plan.config.quantizer.draws_noise:
         return None
     samples = [
         global_index(local, round_index, process_index, plan.num_processes, plan.rounds)
         for local in range(plan.batch_size)
     ]
-    return torch.tensor([position_seed(QUANTIZER_NOISE, plan.config.seed, step, int(sample)) for sample in samples])
+    return tuple(position_seed(QUANTIZER_NOISE, plan.config.seed, step, int(sample)) for sample in samples)
 
 
 def global_values(

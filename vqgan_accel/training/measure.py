@@ -57,7 +57,7 @@ def _measured(config: Config, batch_size: int) -> Timings:
     built = Built(build_tokenizer(config), build_discriminator(config), perceptual_shell(config), build_terms(config))
     networks = prepare_networks(built, config, accelerator)
     images = torch.rand(batch_size, 3, size, size, device=device) * 2 - 1
-    seeds = torch.zeros(batch_size, dtype=torch.int64)
+    seeds = (0,) * batch_size
 
     def step(phase: Phase, with_r1: bool = False) -> None:
         adversary = networks.adversary if phase != "absent" else None

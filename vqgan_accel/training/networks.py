@@ -150,8 +150,7 @@ def settle_buckets(networks: Networks, accelerator: Accelerator, batch_size: int
     if accelerator.num_processes == 1:
         return
     images = torch.zeros(batch_size, 3, image_size, image_size, device=accelerator.device)
-    seeds = torch.zeros(batch_size, dtype=torch.int64)
-    output: TokenizerOutput = networks.tokenizer.wrapped(images, seeds)
+    output: TokenizerOutput = networks.tokenizer.wrapped(images, (0,) * batch_size)
     accelerator.backward((output.reconstruction.sum() + output.quantizer.loss) * 0)
     networks.tokenizer.network.quantizer.discard_update()
     if networks.adversary is not None:

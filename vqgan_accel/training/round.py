@@ -7,6 +7,7 @@ processes on the last one. Losses are float32 whatever the autocast. The arithme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,10 @@ def tokenizer_backward(
     reconstruction_loss: ReconstructionLoss,
     adversary: Adversary | None,
     images: Tensor,
-    sample_seeds: Tensor | None,
+    sample_seeds: Sequence[int] | None,
 ) -> Round:
     """Accumulate the gradient that images (B, 3, H, W) in [-1, 1] give the tokenizer, and the one that their
-    reconstructions give the discriminator. sample_seeds (B,) int64: see Quantizer.forward; adversary: None while its
+    reconstructions give the discriminator. sample_seeds: see Quantizer.forward; adversary: None while its
     phase is `absent`.
 
     The losses are differentiated down to the reconstruction only; one backward pass through the tokenizer then serves

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vqgan_accel.distributed import gathered
 from vqgan_accel.files import write_json
@@ -96,27 +96,34 @@ class TokenizerState(Stateful):
 
 
 class Average(Stateful):
-    """The exponential moving average of a tokenizer's weights; of buffers it has the newest."""
+    """The exponential moving average of a tokenizer's weights; of buffers it has the newest.
+
+    As torch's AveragedModel, which keeps its counter on the device, and keeps the host waiting for it twice an update.
+    """
 
     def __init__(self, tokenizer: ImageTokenizer, decay: float, device: torch.device) -> None:
-        self.source = tokenizer
-        self.model = AveragedModel(tokenizer, device, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    @property
-    def tokenizer(self) -> ImageTokenizer:
-        assert isinstance(self.model.module, ImageTokenizer)
-        return self.model.module
+        self.source, self.decay = tokenizer, decay
+        self.tokenizer = deepcopy(tokenizer).to(device)  # type: ignore[arg-type]  # as in evaluation/reconstruct.py
+        self.updates = 0  # the first of them copies
 
     def write(self, folder: Path, notes: dict[str, Any]) -> None:
         self.tokenizer.save_pretrained(folder / TOKENIZER_EMA)
-        notes["averaged_steps"] = int(self.model.n_averaged)
+        notes["averaged_steps"] = self.updates
 
     def read(self, folder: Path, notes: dict[str, Any]) -> None:
         self.tokenizer.load_state_dict(load_file(folder / TOKENIZER_EMA / SAFETENSORS_WEIGHTS_NAME))
-        self.model.n_averaged.fill_(notes["averaged_steps"])
+        self.updates = notes["averaged_steps"]
 
+    @torch.no_grad()
     def apply_update(self) -> None:
-        self.model.update_parameters(self.source)
+        averages: list[Tensor] = list(self.tokenizer.parameters())
+        newest: list[Tensor] = list(self.source.parameters())
+        if self.updates:
+            torch._foreach_lerp_(averages, newest, 1 - self.decay)
+        else:
+            torch._foreach_copy_(averages, newest)
+        torch._foreach_copy_(list(self.tokenizer.buffers()), list(self.source.buffers()))
+        self.updates += 1
 
 
 class Weights(Stateful):

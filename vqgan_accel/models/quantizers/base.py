@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,9 +30,9 @@ class Quantizer(nn.Module):
     num_codes: int
     input_channels: int  # what the encoder must emit: D, or what becomes logits
 
-    def forward(self, latents: Tensor, sample_seeds: Tensor | None = None) -> QuantizerOutput:
-        """latents (B, input_channels, h, w); sample_seeds (B,) int64 fixes the noise of each sample, where there is
-        any."""
+    def forward(self, latents: Tensor, sample_seeds: Sequence[int] | None = None) -> QuantizerOutput:
+        """latents (B, input_channels, h, w); sample_seeds, B of them, fix the noise of each sample, where there is
+        any. (Plain numbers, for DDP would move a tensor to the GPU, and the host wait to have it back.)"""
         with without_autocast(latents):
             return self.quantize(latents.float(), sample_seeds)
 
@@ -43,7 +44,7 @@ class Quantizer(nn.Module):
     def choose_float(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         raise NotImplementedError
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ codebook, and the smoothing total is that of the counts, so unused codes do not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +59,7 @@ class EMAQuantizer(CodebookQuantizer):
     def stored_vectors(self) -> Tensor:
         return self.sums / smoothed_counts(self.counts, self.epsilon)[:, None]
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         latents, codebook = self.comparable(latents), self.codebook_vectors()
         codes = nearest_codes(latents, codebook)
         quantized = gather_codes(codebook, codes)

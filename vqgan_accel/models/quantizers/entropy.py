@@ -4,6 +4,7 @@ asks for confident assignments (low entropy per token) and even use of the codes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ class EntropyQuantizer(StandardQuantizer):
         self.temperature = temperature
         self.target = target
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         output = super().quantize(latents, sample_seeds)
         # With |z|^2, which no softmax needs, the logits of the near codes are small and keep more of float32's digits.
         tokens, codebook = flatten(self.comparable(latents)), self.codebook_vectors()

@@ -5,6 +5,7 @@ arXiv 2102.12092, appendix A.2): the encoder emits one logit per code, or what a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class GumbelQuantizer(Quantizer):
         self.x_to_logits = nn.Conv2d(self.input_channels, num_codes, 1)
         self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim))
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         logits = self.x_to_logits(latents)  # (B, K, h, w)
         codes = logits.argmax(1)
         log_q = logits.log_softmax(1)
@@ -53,7 +54,7 @@ class GumbelQuantizer(Quantizer):
         return gather_codes(self.codebook, codes)
 
 
-def gumbel_noise(like: Tensor, sample_seeds: Tensor | None) -> Tensor:
+def gumbel_noise(like: Tensor, sample_seeds: Sequence[int] | None) -> Tensor:
     """Standard Gumbel noise (B, ...) of the shape and device of `like`; sample b's depends on sample_seeds[b] alone.
 
     Without seeds it comes from torch's global random state.
@@ -63,6 +64,6 @@ def gumbel_noise(like: Tensor, sample_seeds: Tensor | None) -> Tensor:
         exponential.exponential_()
     else:
         generator = torch.Generator(like.device)
-        for sample, seed in zip(exponential, sample_seeds.tolist(), strict=True):
+        for sample, seed in zip(exponential, sample_seeds, strict=True):
             sample.exponential_(generator=generator.manual_seed(seed))
     return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ class StandardQuantizer(CodebookQuantizer):
     def stored_vectors(self) -> Tensor:
         return self.codebook
 
-    def quantize(self, latents: Tensor, sample_seeds: Tensor | None) -> QuantizerOutput:
+    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         latents, codebook = self.comparable(latents), self.codebook_vectors()
         codes = nearest_codes(latents, codebook)
         quantized = gather_codes(codebook, codes)
