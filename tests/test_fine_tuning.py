@@ -44,7 +44,9 @@ def test_a_run_begins_with_the_average_and_the_discriminator_of_another_and_resu
     assert_equal(tokenizer, load_file(checkpoint / "tokenizer_ema" / "diffusion_pytorch_model.safetensors"))
     assert discriminator is not None
     assert_equal(discriminator, load_file(checkpoint / "discriminator.safetensors"))
-    assert "beginning with the discriminator of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"beginning with the tokenizer of {checkpoint.resolve() / 'tokenizer_ema'}\n" in said
+    assert f"beginning with the discriminator of {checkpoint.resolve() / 'discriminator.safetensors'}\n" in said
 
     train(config)
     first.rename(tmp_path / "gone")
@@ -52,7 +54,9 @@ def test_a_run_begins_with_the_average_and_the_discriminator_of_another_and_resu
 
 
 @pytest.mark.parametrize("saved", ["run without one", "save_pretrained", "import"])
-def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(saved: str, tmp_path: Path) -> None:
+def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more: dict[str, Any] = {"discriminator": ADVERSARIAL}
     if saved == "import":
         source = tmp_path / "imported"
@@ -71,6 +75,8 @@ def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(saved: 
     _, discriminator = first_state(config)
     assert discriminator is not None and fresh is not None
     assert_equal(discriminator, fresh)
+    said = capsys.readouterr().out
+    assert "with a fresh discriminator\n" in said and "beginning with the discriminator" not in said
     train(config)
 
 
@@ -152,6 +158,10 @@ def test_what_cannot_be_begun_with_is_named(tmp_path: Path) -> None:
         ({"autoencoder": {"channels": 64}}, r"has another autoencoder\.channels \(32\)"),
         ({"quantizer": {"num_codes": 8}}, r"has another quantizer\.num_codes \(16\)"),
         ({"quantizer": {"type": "ema"}}, r"has another quantizer\.type \(standard\)"),
+        (
+            {"autoencoder": {"channels": 64}, "quantizer": {"num_codes": 8}},
+            r"has another autoencoder\.channels \(32\), quantizer\.num_codes \(16\); give this run the same",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             train(tiny_config(tmp_path / "second", training={"init_from": str(run)}, **other))

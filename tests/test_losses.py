@@ -51,7 +51,9 @@ from vqgan_accel.losses.terms import LossTerm
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.quantizers import GumbelQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.training.learner import Learner
 from vqgan_accel.training.networks import build_terms
+from vqgan_accel.training.round import tokenizer_backward
 
 Kind = Literal["hinge", "non_saturating"]
 Network = Literal["vgg", "alex", "squeeze"]
@@ -337,6 +339,29 @@ def test_without_a_discriminator_the_tokenizer_gradients_are_those_of_reconstruc
     check_gradients(tokenizer, classic, tolerance=1e-5)
 
 
+class Wrapped(nn.Module):
+    """Stands for DDP, which reduces the gradients of the passes that go through it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.passes = module, 0
+
+    def forward(self, *inputs: Any) -> Any:
+        self.passes += 1
+        return self.module(*inputs)
+
+
+def test_the_tokenizers_one_pass_of_a_round_goes_through_what_wraps_it(
+    make_accelerator: Callable[..., Accelerator],
+) -> None:
+    network = tiny_tokenizer(STANDARD)
+    wrapped = Wrapped(network)
+    learner = Learner("tokenizer", network, wrapped, torch.optim.SGD(network.parameters()))
+    loss = ReconstructionLoss(NO_NETWORK, None, {})
+    tokenizer_backward(make_accelerator(), learner, loss, None, random_images(), None)
+    assert wrapped.passes == 1
+
+
 @each_kind
 @pytest.mark.parametrize("with_r1", [False, True])
 def test_both_halves_of_a_step_give_the_discriminator_the_gradients_of_the_plain_sum_of_its_losses(
@@ -473,6 +498,29 @@ def test_the_reconstruction_loss_is_the_weighted_sum_of_its_parts_which_it_repor
     assert total.requires_grad and not any(part.requires_grad for part in parts.values())
     total, parts = ReconstructionLoss(config, None, {})(reconstruction, images)
     assert total.item() == 2 * 0.75 + 4 * 0.625 and set(parts) == {"l1", "l2"}
+
+
+class Further(LossTerm):
+    """Says how far apart the first pixels are, or nothing."""
+
+    def __init__(self, weight: float, silent: bool = False) -> None:
+        super().__init__()
+        self.weight, self.silent = weight, silent
+
+    def on_reconstruction(self, reconstruction: Tensor, images: Tensor) -> Tensor | None:
+        return None if self.silent else (reconstruction - images)[0, 0, 0, 0]
+
+
+def test_further_losses_are_added_times_their_weights_and_reported_without_them() -> None:
+    images, reconstruction = torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.5).requires_grad_()
+    terms: dict[str, LossTerm] = {"a": Further(8.0), "b": Further(-3.0), "nothing": Further(1.0, silent=True)}
+    config = LossConfig(l1_weight=1, l2_weight=0, perceptual_weight=0)
+    total, parts = ReconstructionLoss(config, None, terms)(reconstruction, images)
+    assert {name: part.item() for name, part in parts.items()} == {"l1": 0.5, "l2": 0.25, "a": 0.5, "b": 0.5}
+    assert total.item() == 0.5 + (8 - 3) * 0.5
+    assert total.requires_grad and not any(part.requires_grad for part in parts.values())
+    (gradient,) = torch.autograd.grad(total, reconstruction)
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(1 / 24 + 8 - 3)
 
 
 # ---- LPIPS

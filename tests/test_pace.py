@@ -41,9 +41,9 @@ def run(pace: Pace, clock: Clock, steps: int, data: float, compute: float, round
         clock.now += 50  # a validation between two steps
 
 
-def pace_of(backend: str = "folder", workers: int = 4) -> Pace:
+def pace_of(backend: str = "folder", workers: int = 4, device: str = "cpu") -> Pace:
     work = Work(images=64, processes=2, gflop=3.0, gflop_adversarial=5.0)
-    return Pace(torch.device("cpu"), work, DataConfig(workers=workers), backend)
+    return Pace(torch.device(device), work, DataConfig(workers=workers), backend)
 
 
 def times(pace: Pace) -> dict[str, float]:
@@ -70,6 +70,22 @@ def test_images_and_arithmetic_a_second_are_those_of_the_mean_step(clock: Clock)
     assert plain["tflops"] == pytest.approx(3e-3 * 32 / 2.0)  # of each of the two devices
     run(pace, clock, 1, data=0, compute=4)
     assert pace.report(adversarial=True)["tflops"] == pytest.approx(5e-3 * 32 / 4.0)
+
+
+def test_on_a_gpu_memory_and_the_share_of_its_own_rate_are_reported(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")  # 312 TFLOP/s
+    pace = pace_of(device="cuda")
+    assert "mfu" not in pace.report(False)
+    run(pace, clock, 2, data=0, compute=0.001)
+    values = pace.report(False)
+    assert values["peak_memory"] == 3 and values["tflops"] == pytest.approx(3e-3 * 32 / 0.001)
+    assert values["mfu"] == pytest.approx(values["tflops"] / 312)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
+    run(pace, clock, 1, data=0, compute=1)
+    assert "mfu" not in pace.report(False)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +142,9 @@ def test_the_time_left_counts_steps_and_validations(clock: Clock) -> None:
     pace, plan = pace_of(), make_plan(config(discriminator=None), num_images=8, num_processes=1)  # 100 steps
     assert pace.time_left(plan, 10, step_time=0) == ""  # nothing was measured yet
     assert pace.time_left(plan, 10, step_time=2) == "3 min 00 s left"
-    with pace.validation():
-        clock.now += 60
+    for seconds in (900, 60):  # the last one counts
+        with pace.validation():
+            clock.now += seconds
     # validations after steps 30, 60, 90 and 100
     assert pace.time_left(plan, 10, step_time=2) == "7 min 00 s left"
     assert pace.time_left(plan, 95, step_time=2) == "1 min 10 s left"
@@ -137,6 +154,8 @@ def test_the_time_left_counts_steps_and_validations(clock: Clock) -> None:
 def test_the_time_left_is_a_lower_bound_until_the_discriminator_has_taken_part(clock: Clock) -> None:
     plan = make_plan(config(discriminator={"start": "40 steps"}), num_images=8, num_processes=1)
     assert pace_of().time_left(plan, 40, step_time=1) == "more than 1 min 00 s left"
+    assert pace_of().time_left(plan, 41, step_time=1) == "59 s left"
+    plan = make_plan(config(discriminator={"start": "100 steps"}), num_images=8, num_processes=1)  # never
     assert pace_of().time_left(plan, 41, step_time=1) == "59 s left"
 
 

@@ -186,6 +186,17 @@ def test_training_ends_at_the_nearest_step_of_whichever_limit_comes_first(limits
     assert make_plan(config_of({"total_batch_size": 10, **limits}), num_images=45, num_processes=1).total_steps == steps
 
 
+def test_a_discriminator_that_would_start_when_training_ends_is_refused() -> None:
+    """Where the end is given in steps, which a quick try shortens, the banner tells it."""
+    training = {"total_batch_size": 10, "max_epochs": 2}
+    for start in ("2 epochs", "9 steps"):
+        config = config_of(training, discriminator=DISCRIMINATOR | {"start": start})
+        with pytest.raises(ValueError, match=r"start \(step [89]\) is not before training ends \(step 8\)"):
+            make_plan(config, num_images=45, num_processes=1)
+    config = config_of(training, discriminator=DISCRIMINATOR | {"start": "7 steps"})
+    assert make_plan(config, num_images=45, num_processes=1).discriminator_start == 7
+
+
 def test_a_run_validates_and_saves_when_it_is_due_and_at_its_end(tmp_path: Path) -> None:
     every = {"validate_every": "3 steps", "checkpoint_every": "2 steps", "keep_checkpoints": 9}
     run = train(tiny_config(tmp_path, training={"max_steps": 7, "log_every": 4, **every}))

@@ -278,6 +278,7 @@ def test_bfloat16_latents_are_quantized_as_the_same_numbers_in_float32(name: str
     output, expected = quantizer(latents), quantizer(latents.float())
     assert torch.equal(output.codes, expected.codes)
     assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(quantizer.choose(latents), expected.codes)
 
 
 # ---- moving averages

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vqgan_accel import distributed
 from vqgan_accel.config import Config
 from vqgan_accel.interruption import StopRequest
 from vqgan_accel.models.weights import FixedModule
 from vqgan_accel.training.checkpoint import read_state, write_state
 from vqgan_accel.training.loop import take_step
 from vqgan_accel.training.setup import Run, open_run
-from vqgan_accel.training.state import Average
+from vqgan_accel.training.state import Average, Progress, StreamPosition, read_stream
 
 GAME = DISCRIMINATOR | {"r1_weight": 1.0, "adaptive_weight": True}
 # parts of a run that hold tensors and whose steps leave nothing behind
@@ -125,6 +126,25 @@ def test_all_of_it_comes_back_from_a_checkpoint(quantizer: str, tmp_path: Path) 
         for name, value in before.items():
             assert torch.equal(after[name], value), name
         assert run.progress.step == json.loads((held / "progress.json").read_text())["step"] == 2
+
+
+def test_a_stream_goes_on_where_each_process_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_gather_object(parts: list[Any], mine: dict[str, Any]) -> None:
+        parts[:] = [mine, {"lane 1": {"row": 50}}]
+
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather_object)
+    position = StreamPosition(lambda step: {"lane 0": {"row": 10 * step}}, Progress(step=4))
+    position.gather()
+    position.write(tmp_path, {})
+    assert read_stream(tmp_path) == {"lane 0": {"row": 40}, "lane 1": {"row": 50}}
+
+
+def test_without_a_stream_there_is_no_file_of_one(tmp_path: Path) -> None:
+    position = StreamPosition(lambda step: {}, Progress(step=4))
+    position.gather()
+    position.write(tmp_path, {})
+    assert list(tmp_path.iterdir()) == [] and read_stream(tmp_path) == {}
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
