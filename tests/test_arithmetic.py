@@ -25,7 +25,7 @@ from vqgan_accel.losses.perceptual import LPIPSDistance, MobileNetDistance
 from vqgan_accel.models.discriminators.stylegan2 import StyleGAN2Discriminator
 from vqgan_accel.models.precision import ieee_float32, tf32_convolutions
 from vqgan_accel.training import loop
-from vqgan_accel.training.arithmetic import WORKSPACE, arithmetic
+from vqgan_accel.training.arithmetic import WORKSPACE, WORKSPACES, arithmetic, deterministic_algorithms
 
 SIZE = 32
 ADVERSARIAL = StyleGAN2Config(adaptive_weight=True, r1_weight=1.0)
@@ -251,6 +251,25 @@ def test_the_setting_reaches_every_operator_of_a_step_and_changes_nothing_on_a_c
         assert asked == ({True} if deterministic else {True, False})
     assert os.environ[WORKSPACE] == ":4096:8"
     assert_same_bits(*(run / "checkpoints" / "latest" for run in runs))
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("warned_before", [False, True])
+def test_while_it_is_asked_for_what_cannot_be_raises_and_afterwards_all_is_as_before(
+    workspace: str, warned_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WORKSPACE, workspace)
+    torch.use_deterministic_algorithms(warned_before, warn_only=warned_before)
+    try:
+        with pytest.raises(KeyError), deterministic_algorithms(True):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() == warned_before
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warned_before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ[WORKSPACE] == workspace
 
 
 def test_an_environment_that_forbids_it_and_compilation_are_refused(

@@ -47,12 +47,13 @@ def line(found: list[str], title: str) -> str:
 
 
 def test_every_number_that_was_derived_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """16 images a step on 2 processes in 2 rounds are 4; 64 are 4 steps an epoch; sqrt(16/64) of 0.2 is 0.1."""
+    """16 images a step on 2 processes in 4 rounds are 2; 64 are 4 steps an epoch; sqrt(16/64) of 0.2 is 0.1."""
     config = config_of(
         {
-            "max_epochs": 4,
+            "max_epochs": 9,
+            "max_steps": 16,
             "total_batch_size": 16,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4,
             "base_lr": 0.2,
             "base_batch_size": 64,
             "lr_warmup": "3 steps",
@@ -69,7 +70,7 @@ def test_every_number_that_was_derived_is_shown(capsys: pytest.CaptureFixture[st
         "output             runs/x, resuming from step_00000004",
         f"processes          2 on cpu, mixed precision bf16, torch {torch.__version__}",
         "what describe says",
-        "batch              16 = 2 processes x 2 rounds x 4 images",
+        "batch              16 = 2 processes x 4 rounds x 2 images",
         "data               64 training images, 4 steps per epoch; backend folder",
         "training           steps 4 to 16 (4.0 epochs)",
         "learning rate      0.1 = 0.2 x sqrt of 16/64; warm-up 3 steps, cosine to 0.025 over 12",

@@ -14,6 +14,7 @@ from tiny import DISCRIMINATOR, tiny_config
 
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.losses.perceptual import MobileNetDistance
+from vqgan_accel.models.precision import tf32_convolutions
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.training import measure
 from vqgan_accel.training.adversary import Adversary
@@ -44,6 +45,9 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
         monkeypatch.setattr(owner, name, call)
 
+    def learning(me: Adversary, *_: Any) -> str:
+        return "discriminator learns" + (" with R1" if me.with_r1 else "") + (" alone" if me.phase == "alone" else "")
+
     def seconds(run: Callable[[], None], device: torch.device) -> float:
         each.append([])
         run()
@@ -51,7 +55,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     watch(ImageTokenizer, "forward", lambda tokenizer, images, *_: f"tokenizer sees {len(images)} images")
     watch(MobileNetDistance, "forward", lambda *_: "perceptual network")
-    watch(Adversary, "learn", lambda me, *_: "discriminator learns" + (" with R1" if me.with_r1 else ""))
+    watch(Adversary, "learn", learning)
     watch(torch.optim.AdamW, "step", lambda *_: "optimizer")
     monkeypatch.setattr(measure, "_seconds", seconds)
     return each
@@ -79,6 +83,15 @@ def test_each_kind_of_step_is_timed_with_all_that_it_does(
 ) -> None:
     assert measure_step(config_with(tmp_path, discriminator), 4) == Timings(*timings, memory=0.0)
     assert done == [*steps, ["tokenizer sees 4 images"]]  # the last is validation's, for one image
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_it_is_measured_in_the_arithmetic_that_the_config_asks_for(
+    tf32: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "_measured", lambda *_: tf32_convolutions())
+    config = tiny_config(tmp_path, data={"path": "x"}, training={"tf32": tf32})
+    assert measure_step(config, 4) is tf32
 
 
 def test_what_does_not_fit_in_the_memory_of_a_gpu_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

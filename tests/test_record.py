@@ -54,9 +54,16 @@ def test_a_resumed_run_keeps_it_and_says_what_has_changed(tmp_path: Path, capsys
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_a_config_that_is_lost_is_no_reason_not_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "no config file at "), ("training: [", ""), ("of_another_version: 1\n", "")]
+)
+def test_a_config_that_is_lost_or_no_longer_read_is_no_reason_not_to_go_on(
+    text: str | None, reason: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
     (change,) = record.changes_since_the_beginning(tmp_path, config_of(tmp_path))
-    assert change.startswith("in what way is not known (no config file at")
+    assert change.startswith(f"in what way is not known ({reason}")
 
 
 def test_of_a_section_of_another_type_its_type_alone_is_told(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ class Mutant(NamedTuple):
 
 # file -> the fast tests that watch it, the quickest first. The first pattern that fits counts.
 TESTS = {
-    "training/plan.py": ("test_plan.py", "test_plain_trainer.py"),
+    "training/plan.py": ("test_plan.py", "test_config.py", "test_plain_trainer.py"),
     "schedules.py": ("test_schedules.py", "test_plan.py"),
     "training/checkpoint.py": ("test_state.py", "test_training.py"),
     "training/state.py": ("test_state.py", "test_bad_steps.py", "test_training.py", "test_plain_trainer.py"),
@@ -35,7 +35,7 @@ TESTS = {
     "training/pace.py": ("test_pace.py",),
     "training/record.py": ("test_record.py",),
     "training/setup.py": ("test_setup.py", "test_first_hours.py", "test_training.py", "test_cli.py"),
-    "training/tracking.py": ("test_tracking.py", "test_training.py", "test_report.py"),
+    "training/tracking.py": ("test_tracking.py", "test_pace.py", "test_training.py", "test_report.py"),
     "training/validation.py": ("test_validation.py", "test_report.py"),
     "training/adversary.py": (
         "test_losses.py",
