@@ -74,7 +74,7 @@ def both_halves(
     losses = LossConfig(perceptual_weight=1.0 if perceptual else 0.0)
     game = Game(accelerator, model, losses, perceptual, d_model, ADVERSARIAL, with_r1)
     images = torch.rand(4, 3, SIZE, SIZE) * 2 - 1
-    seeds = torch.arange(4) if QUANTIZERS[kind].draws_noise else None
+    seeds = range(4) if QUANTIZERS[kind].draws_noise else None
     first, second = Switches(), Switches()
     with first:
         made = game.first_half(images, seeds)
