@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -90,6 +91,19 @@ def test_an_error_is_a_failure_but_where_another_process_was_lost(
         loop.train(tiny_config(tmp_path))
     found, line = asked(tmp_path / "run", capsys)
     assert found == code and line.startswith(said)
+
+
+def test_a_word_that_cannot_be_left_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def broken(*_: object) -> None:
+        monkeypatch.setattr("vqgan_accel.status.write_json", full)
+        raise OSError("checkpoint cannot be written")
+
+    monkeypatch.setattr(loop, "take_step", broken)
+    with pytest.raises(OSError, match="checkpoint cannot be written"):
+        loop.train(tiny_config(tmp_path))
 
 
 def test_a_second_start_that_is_refused_does_not_change_the_word(

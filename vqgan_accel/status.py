@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,9 +47,9 @@ def status(run: str | Path) -> Status:
     saved = step_of(found[-1]) if (found := checkpoints(run)) else None
     starts = [line for line in read_lines(run / STARTS) if "total_steps" in line]
     total = starts[-1]["total_steps"] if starts else None
-    word, reason = _last_word(run)
     if is_locked(run):
         return Status("running", saved, total, "")
+    word, reason = _last_word(run)  # which is left before the lock is
     if word == "running":
         return Status("interrupted", saved, total, NO_WORD)
     if word is None:  # of a version that left none
@@ -93,5 +93,7 @@ def _is_loss_of_another(error: Exception) -> bool:
 
 
 def _leave(run: Path, word: Word, reason: str) -> None:
+    """On a full disk the run says why it ends, and not that it could not say so here."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(run / STATUS, {"status": word, "reason": reason, "time": now, "process": os.getpid()})
+    with suppress(OSError):
+        write_json(run / STATUS, {"status": word, "reason": reason, "time": now, "process": os.getpid()})
