@@ -201,6 +201,27 @@ def test_an_update_sends_each_gradient_once_and_little_else(
         assert len(rest) == 1 and rest[0] <= 4 * 16  # losses, skipped images, requests
 
 
+def validation_sums(folder: Path) -> tuple[list[Collective], list[int]]:
+    """What a validation sends, and the bytes of each of its metrics' sums."""
+    metrics = ["l2", "psnr", "ssim", "codebook"]
+    config = tiny_config(folder, training={"validation_metrics": metrics}, evaluation={"grid_images": 0})
+    try:
+        with processes(2), on_device() as seen, open_run(config) as run:
+            seen.clear()
+            run.validation.measure(run.networks.best_tokenizer)
+            parts = run.validation.metrics.parts.values()
+            return seen.collectives, [getattr(part, name).nbytes for part in parts for name in part._reductions]
+    finally:
+        reset_accelerate()
+
+
+def test_a_validation_sends_its_sums_once_and_gathers_nothing(there: There, tmp_path: Path) -> None:
+    found, sizes = there(validation_sums, tmp_path)
+    counted = 3 * 8  # images, skipped ones, hash
+    assert {each.name for each in found} == {"allreduce_"} and len(sizes) > 5
+    assert sorted(each.bytes for each in found if each.bytes) == sorted([*sizes, counted])
+
+
 def validation_waits(folder: Path, images: int) -> list[str]:
     """By the functions that waited, of a validation of so many images in batches of two."""
     write_images(folder / "images" / "validation", images)
@@ -239,6 +260,10 @@ class Mistake(NamedTuple):
 
 REFUSED = "RuntimeError: "
 SIZE, HERE, BLOCKING = "a size from values", "a copy to the host", "a blocking copy from the host"
+OTHER_LAYOUT = (
+    "[state.update(exp_avg=state['exp_avg'].to(memory_format=torch.channels_last)) "
+    "for state in learner.optimizer.state.values() if state['exp_avg'].dim() == 4]"
+)
 MISTAKES = [
     Mistake("item", round.tokenizer_backward, "quantizer.loss.detach()\n", "quantizer.loss.item()\n", "item"),
     Mistake("bool", round.tokenizer_backward, "adversary is not None:\n", "loss == loss and adversary:\n", "item"),
@@ -270,6 +295,13 @@ MISTAKES = [
         "generator=torch.Generator()",
         REFUSED + "exponential_: a generator of the CPU",
         quantizer="gumbel",
+    ),
+    Mistake(
+        "layout of moments",
+        loop.take_step,
+        "learner.optimizer.step()\n",
+        f"learner.optimizer.step(); {OTHER_LAYOUT}; learner.optimizer.step()\n",
+        REFUSED + "fused AdamW: strides",
     ),
     Mistake(
         "collective",

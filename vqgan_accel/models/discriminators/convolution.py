@@ -113,14 +113,14 @@ class _InputGradient(Function):
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """`torch.nn.grad.conv2d_input`, which stands an expanded scalar in for x: CPU kernels would copy that out."""
-    channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
-    x = torch.empty(
-        shape,
-        dtype=gradient.dtype,
-        device=gradient.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    """As `torch.nn.grad.conv2d_input`, which stands an expanded scalar in for x: a GPU's kernels look at its shape
+    alone. A CPU's would copy that out, and take the layout from it."""
+    if gradient.device.type == "cpu":
+        channels_last = gradient.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.empty(shape, dtype=gradient.dtype, memory_format=memory_format)
+    else:
+        x = gradient.new_empty(()).expand(shape)
     stride, padding, dilation = ([value, value] for value in geometry[:3])
     return torch.ops.aten.convolution_backward(
         gradient, x, weight, None, stride, padding, dilation, False, [0, 0], geometry.groups, [True, False, False]
