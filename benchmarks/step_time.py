@@ -143,7 +143,9 @@ class VQModelTokenizer(nn.Module):
     def last_layer(self, features: Tensor) -> Tensor:
         return self.decoder.conv_out(features)
 
-    def forward(self, images: Tensor, sample_seeds: Sequence[int] | None = None) -> TokenizerOutput:
+    def forward(
+        self, images: Tensor, sample_seeds: Sequence[int] | None = None, keep_features: bool = True
+    ) -> TokenizerOutput:
         latents = self.model.encode(images).latents
         quantized, loss, (_, _, codes) = self.model.quantize(latents)
         reconstruction = self.decoder(self.model.post_quant_conv(quantized))

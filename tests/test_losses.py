@@ -147,7 +147,7 @@ def test_the_adaptive_weight_equals_two_full_backward_passes(layout: dict[str, A
     tokenizer = tiny_tokenizer(STANDARD, **layout)
     discriminator = tiny_discriminator()
     images = random_images()
-    output = tokenizer(images)
+    output = tokenizer(images, keep_features=True)
     rec_loss = F.l1_loss(output.reconstruction, images)
     gen_loss = generator_loss("non_saturating", discriminator(output.reconstruction))
     g_rec, g_gen = (

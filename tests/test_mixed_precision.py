@@ -99,3 +99,20 @@ def test_a_step_in_bf16_has_the_values_of_one_in_float32_and_its_gradients_point
         )
         assert ours.shape == expected.shape
         assert F.cosine_similarity(ours, expected, dim=0) > 0.9
+
+
+def test_features_as_large_as_the_network_are_returned_only_where_lambda_needs_them() -> None:
+    """In bf16 Accelerate copies whatever a network returns to float32."""
+    asked: list[bool] = []
+    for adaptive in (True, False):
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = tiny_tokenizer(StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8), image_size=SIZE)
+        discriminator = StyleGAN2Discriminator(SIZE, channel_base=512, channel_max=16)
+        tokenizer, discriminator = accelerator.prepare(model, discriminator)
+        model.register_forward_hook(lambda *hooked: asked.append(hooked[-1].last_features is not None))
+        config = StyleGAN2Config(adaptive_weight=adaptive)
+        losses = LossConfig(perceptual_weight=0)
+        game = Game(accelerator, tokenizer, losses, None, discriminator, config)
+        game.first_half(torch.rand(4, 3, SIZE, SIZE) * 2 - 1)
+        reset_accelerate()
+    assert asked == [True, False]

@@ -29,7 +29,8 @@ def images(batch: int = 3, height: int = 16, width: int = 24) -> Tensor:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_shapes_types_and_ranges_of_every_output(quantizer: str, mode: str) -> None:
     tokenizer = tiny_tokenizer(QUANTIZERS[quantizer]).train(mode == "train")
-    output = tokenizer(images())
+    assert tokenizer(images()).last_features is None
+    output = tokenizer(images(), keep_features=True)
     assert output.reconstruction.shape == (3, 3, 16, 24)
     assert output.quantizer.quantized.shape == (3, QUANTIZERS[quantizer].embedding_dim, 4, 6)
     assert output.latents.shape == (3, tokenizer.quantizer.input_channels, 4, 6)

@@ -281,7 +281,12 @@ OWN = [
         "loss + penalty",
         "r1_weight is 1 for everybody",
     ),
-    Mutant("training/adversary.py", "if self.config.adaptive_weight:", "if False:", "adaptive_weight does nothing"),
+    Mutant(
+        "training/adversary.py",
+        'self.phase == "teaching" and self.config.adaptive_weight',
+        "False",
+        "adaptive_weight does nothing",
+    ),
     Mutant("training/adversary.py", "full_precision=self.with_r1", "full_precision=False", "R1 in bfloat16"),
     Mutant(
         "training/adversary.py", "real.detach() + verdict.fake_loss", "real.detach()", "D's reported loss is half of it"
@@ -1188,8 +1193,8 @@ OWN = [
     Mutant("training/round.py", ", **output.quantizer.metrics}", "}", "the quantizer's parts are not logged"),
     Mutant(
         "training/round.py",
-        "tokenizer.wrapped(images, sample_seeds)",
-        "tokenizer.wrapped(images, None)",
+        "tokenizer.wrapped(images, sample_seeds, keep_features)",
+        "tokenizer.wrapped(images, None, keep_features)",
         "Gumbel's noise depends on what ran before",
     ),
     Mutant(
@@ -1206,8 +1211,8 @@ OWN = [
     ),
     Mutant(
         "training/round.py",
-        "tokenizer.wrapped(images, sample_seeds)",
-        "tokenizer.network(images, sample_seeds)",
+        "tokenizer.wrapped(images, sample_seeds, keep_features)",
+        "tokenizer.network(images, sample_seeds, keep_features)",
         "on several processes each trains a tokenizer of its own",
     ),
     Mutant(

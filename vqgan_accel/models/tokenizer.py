@@ -35,7 +35,7 @@ class TokenizerOutput(NamedTuple):
     reconstruction: Tensor  # (B, 3, H, W), pixels where [-1, 1] is the displayable range
     quantizer: QuantizerOutput
     latents: Tensor  # (B, input_channels, h, w), the encoder's output, detached
-    last_features: Tensor  # (B, channels, H, W), the last convolution's input, detached: what the adaptive weight needs
+    last_features: Tensor | None  # (B, channels, H, W), the last convolution's input, detached, where it was asked for
 
 
 class TokenizerConfig(Section):
@@ -105,12 +105,16 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     def to_public_range(self, pixels: Tensor) -> Tensor:
         return pixels.float() * self.pixel_std + self.pixel_mean
 
-    def forward(self, images: Tensor, sample_seeds: Sequence[int] | None = None) -> TokenizerOutput:
-        """images (B, 3, H, W) in [-1, 1]; sample_seeds: see Quantizer.forward."""
+    def forward(
+        self, images: Tensor, sample_seeds: Sequence[int] | None = None, keep_features: bool = False
+    ) -> TokenizerOutput:
+        """images (B, 3, H, W) in [-1, 1]; sample_seeds: see Quantizer.forward. (keep_features: Accelerate copies what
+        is returned in bf16 to float32, and these are as large as the network's largest.)"""
         latents = self.latents(images)
         quantized = self.quantizer(latents, sample_seeds)
         pixels, features = self.decoder(quantized.quantized)
-        return TokenizerOutput(self.to_public_range(pixels), quantized, latents.detach(), features.detach())
+        kept = features.detach() if keep_features else None
+        return TokenizerOutput(self.to_public_range(pixels), quantized, latents.detach(), kept)
 
     @torch.no_grad()
     @ieee_float32()

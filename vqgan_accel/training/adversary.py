@@ -73,14 +73,19 @@ class Adversary:
             self.accelerator.backward(loss)  # now, for it frees the graph
         return Verdict(logits.detach(), pull, generator.detach(), fake.detach(), terms)
 
-    def teach(self, verdict: Verdict, pull: Tensor, tokenizer: ImageTokenizer, last_features: Tensor) -> Lesson:
+    @property
+    def needs_features(self) -> bool:
+        """Whether `teach` looks at the last layer's input."""
+        return self.phase == "teaching" and self.config.adaptive_weight
+
+    def teach(self, verdict: Verdict, pull: Tensor, tokenizer: ImageTokenizer, last_features: Tensor | None) -> Lesson:
         """Add the verdict's share, times its weight, to `pull` (B, 3, H, W), the gradient of the losses between the
-        reconstruction and its image. last_features: see `adaptive_weight`."""
+        reconstruction and its image. last_features: see `adaptive_weight`; None where `needs_features` says no."""
         # (`torch.full` is a kernel; for `torch.tensor` the host waits for the GPU.)
         if verdict.pull is None:
             return Lesson(pull, torch.full((), 0.0, device=pull.device))
         weight = torch.full((), self.config.weight, device=pull.device)
-        if self.config.adaptive_weight:
+        if last_features is not None:
             weight = weight * adaptive_weight(tokenizer, last_features, pull, verdict.pull)
         return Lesson(pull + weight * verdict.pull, weight)
 

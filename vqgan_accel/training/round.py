@@ -42,7 +42,8 @@ def tokenizer_backward(
     The losses are differentiated down to the reconstruction only; one backward pass through the tokenizer then serves
     them all, weighted.
     """
-    output: TokenizerOutput = tokenizer.wrapped(images, sample_seeds)
+    keep_features = adversary is not None and adversary.needs_features
+    output: TokenizerOutput = tokenizer.wrapped(images, sample_seeds, keep_features)
     leaf = output.reconstruction.detach().requires_grad_()
     with accelerator.autocast():
         loss, parts = reconstruction_loss(leaf, images)
