@@ -25,12 +25,12 @@ def losses(*l1: float) -> list[dict[str, Tensor]]:
 
 def test_logged_losses_are_means_over_rounds_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_another(5.0, skipped=1, stop=0, patch=monkeypatch)
-    values, skipped, stop = loop.global_values(losses(1.0, 2.0, 6.0), {"grad_norm": torch.tensor(8.0)}, 2, stop=False)
+    values, skipped, stop = loop.global_values(losses(1.0, 2.0, 6.0), {"grad_norm": torch.tensor(8.0)}, 2, False)
     assert values == {"l1": 4.0, "total": 8.0, "grad_norm": 8.0}  # the norm is of reduced gradients
     assert (skipped, stop) == (3, False)
 
 
 def test_a_nan_or_a_signal_of_one_process_is_seen_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_another(math.nan, skipped=0, stop=1, patch=monkeypatch)
-    values, skipped, stop = loop.global_values(losses(1.0), {}, 0, stop=False)
+    values, skipped, stop = loop.global_values(losses(1.0), {"grad_norm": torch.tensor(1.0)}, 0, False)
     assert math.isnan(values["l1"]) and math.isnan(values["total"]) and (skipped, stop) == (0, True)
