@@ -23,7 +23,7 @@ from vqgan_accel.models.weights import FixedModule
 from vqgan_accel.training.checkpoint import read_state, write_state
 from vqgan_accel.training.loop import take_step
 from vqgan_accel.training.setup import Run, open_run
-from vqgan_accel.training.state import Average, Progress, StreamPosition, read_stream
+from vqgan_accel.training.state import Average, Progress, StreamPosition, TokenizerState, read_stream
 
 GAME = DISCRIMINATOR | {"r1_weight": 1.0, "adaptive_weight": True}
 # parts of a run that hold tensors and whose steps leave nothing behind
@@ -126,6 +126,23 @@ def test_all_of_it_comes_back_from_a_checkpoint(quantizer: str, tmp_path: Path) 
         for name, value in before.items():
             assert torch.equal(after[name], value), name
         assert run.progress.step == json.loads((held / "progress.json").read_text())["step"] == 2
+
+
+def test_an_ema_codebook_moves_by_sound_steps_alone() -> None:
+    tokenizer = tiny_tokenizer(QUANTIZERS["ema"])
+    state, images = TokenizerState(tokenizer), torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in tokenizer.quantizer.named_buffers()}
+    tokenizer(2 * images - 1)
+    state.discard_update()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.quantizer.named_buffers())
+    tokenizer(images)  # of the next step: nothing of the skipped one may be left
+    state.apply_update()
+    other = tiny_tokenizer(QUANTIZERS["ema"])
+    other(images)
+    TokenizerState(other).apply_update()
+    after = dict(tokenizer.quantizer.named_buffers())
+    assert not torch.equal(after["counts"], before["counts"]) and not torch.equal(after["sums"], before["sums"])
+    assert all(torch.equal(tensor, after[name]) for name, tensor in other.quantizer.named_buffers())
 
 
 def test_a_stream_goes_on_where_each_process_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

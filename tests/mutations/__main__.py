@@ -5,7 +5,8 @@
 For each entry of audit.py and own.py the line is changed in a clone of the last commit, and the fast tests that are
 named for its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An
 entry whose line is not there any more, or is there twice, is an error: put it right with the code. It takes about five
-seconds a mutant; nothing runs it but people. In the table the rows of mutants that were not asked for stay as they are.
+seconds a mutant; nothing runs it but people. In the table the rows of mutants that were not asked for stay as they are,
+and the test that a row names is tried first.
 """
 
 from __future__ import annotations
@@ -44,21 +45,35 @@ class Outcome(NamedTuple):
     killed_by: str | None  # the first test that failed
 
 
-def plant(mutant: Mutant, clone: Path) -> Outcome:
+def plant(mutant: Mutant, clone: Path, known: str | None) -> Outcome:
+    """`known`: the test that has killed it before."""
     file = clone / "vqgan_accel" / mutant.file
     text = file.read_text(encoding="utf-8")
     if text.count(mutant.line) != 1:
         raise ValueError(f"{mutant.file} has {text.count(mutant.line)} times: {mutant.line}")
     file.write_text(text.replace(mutant.line, mutant.wrong), encoding="utf-8")
     try:
-        return Outcome(mutant, first_failure(mutant, clone))
+        status, said = pytest_says([known], clone) if known else (0, "")
+        killed_by = first_failure(said)
+        if killed_by is None:
+            status, said = pytest_says(list(tests_of(mutant)), clone)
+            killed_by = first_failure(said)
+        if killed_by is None and status != 0:  # a test file that cannot be imported has seen nothing
+            raise RuntimeError(f"{mutant.file}: pytest ended with {status}\n{said[-3000:]}")
+        return Outcome(mutant, killed_by)
     finally:
         file.write_text(text, encoding="utf-8")
 
 
-def first_failure(mutant: Mutant, clone: Path) -> str | None:
+def first_failure(said: str) -> str | None:
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - |$)", said, re.MULTILINE)
+    return found[1] if found else None
+
+
+def pytest_says(tests: list[str], clone: Path) -> tuple[int, str]:
+    """Its exit status and all of its words, up to the first failure of a test that is not slow."""
     arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
-    arguments += [f"tests/{name}" for name in tests_of(mutant)]
+    arguments += [f"tests/{name}" for name in tests]
     with tempfile.NamedTemporaryFile("r+") as output:
         child = multiprocessing.get_context("fork").Process(target=run_pytest, args=(arguments, clone, output.fileno()))
         child.start()
@@ -66,14 +81,8 @@ def first_failure(mutant: Mutant, clone: Path) -> str | None:
         if child.exitcode is None:
             child.kill()
             child.join()
-            raise TimeoutError(f"{mutant.file}: its tests took longer than {TIMEOUT} s: {mutant.effect}")
-        said = Path(output.name).read_text(encoding="utf-8", errors="replace")
-    if child.exitcode == 0:
-        return None
-    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.+?)(?: - |$)", said, re.MULTILINE)
-    if found is None:  # a test file that cannot be imported has seen nothing
-        raise RuntimeError(f"{mutant.file}: pytest ended with {child.exitcode}\n{said[-3000:]}")
-    return found[1]
+            raise TimeoutError(f"tests took longer than {TIMEOUT} s: {' '.join(tests)}")
+        return child.exitcode, Path(output.name).read_text(encoding="utf-8", errors="replace")
 
 
 def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
@@ -89,8 +98,9 @@ def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
     os._exit(status)
 
 
-def outcomes(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
-    """In the order of the mutants; each job has a clone of its own."""
+def outcomes(mutants: list[Mutant], jobs: int, rows: dict[str, str]) -> Iterator[Outcome]:
+    """In the order of the mutants; each job has a clone of its own. `rows`: the old table's."""
+    known = {mutant: killer(rows.get(beginning(mutant), SURVIVED)) for mutant in mutants}
     with tempfile.TemporaryDirectory() as folder:
         clones: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):
@@ -101,7 +111,7 @@ def outcomes(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
         def one(mutant: Mutant) -> Outcome:
             clone = clones.get()
             try:
-                return plant(mutant, clone)
+                return plant(mutant, clone, known[mutant])
             finally:
                 clones.put(clone)
 
@@ -118,6 +128,11 @@ def old_rows(table: Path | None) -> dict[str, str]:
     """Beginning of a row -> its end."""
     text = table.read_text(encoding="utf-8") if table and table.is_file() else ""
     return {row[1]: row[2] for row in re.finditer(r"^(\| `.+?` \| .+? \| )(.+) \|$", text, re.MULTILINE)}
+
+
+def killer(end: str) -> str | None:
+    """The test that a row's end names."""
+    return None if end == SURVIVED else f"test_{end.strip('`')}"
 
 
 def write_table(table: Path, rows: dict[str, str]) -> None:
@@ -143,7 +158,7 @@ def main() -> int:
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
     rows, survived = old_rows(options.table), 0
-    for mutant, killed_by in outcomes(mutants, options.jobs):
+    for mutant, killed_by in outcomes(mutants, options.jobs, dict(rows)):
         survived += killed_by is None
         print(f"{mutant.file:32} {mutant.effect:70} {killed_by or 'SURVIVED'}", flush=True)
         rows[beginning(mutant)] = f"`{killed_by.removeprefix('test_')}`" if killed_by else SURVIVED

@@ -25,6 +25,7 @@ TESTS = {
     "training/initial.py": ("test_fine_tuning.py",),
     "training/learner.py": ("test_learner.py", "test_plain_trainer.py"),
     "training/loop.py": (
+        "test_loop.py",
         "test_bad_steps.py",
         "test_plan.py",
         "test_plain_trainer.py",
