@@ -204,3 +204,11 @@ def test_a_run_validates_and_saves_when_it_is_due_and_at_its_end(tmp_path: Path)
     # 3 was the best so far; a line of the losses comes with every second step too, for an epoch ends there
     assert [int(path.name.removeprefix("step_")) for path in checkpoints(run)] == [2, 3, 4, 6, 7]
     assert [line["step"] for line in metrics(run) if "l2" in line] == [2, 4, 6, 7]
+
+
+def test_what_comes_more_often_than_steps_comes_with_each() -> None:
+    """A tenth of an epoch of 4 steps is no step."""
+    often = {"validate_every": "0.1 epochs", "checkpoint_every": "0.1 epochs"}
+    plan = make_plan(config_of({"max_epochs": 1, "total_batch_size": 10, **often}), 45, 1)
+    assert (plan.validate_every, plan.checkpoint_every) == (1, 1)
+    assert [plan.validates_at(step) and plan.saves_at(step) for step in (1, 2, 3, 4)] == [True] * 4

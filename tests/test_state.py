@@ -20,6 +20,7 @@ from vqgan_accel import distributed
 from vqgan_accel.config import Config
 from vqgan_accel.interruption import StopRequest
 from vqgan_accel.models.weights import FixedModule
+from vqgan_accel.training import checkpoint
 from vqgan_accel.training.checkpoint import read_state, write_state
 from vqgan_accel.training.loop import take_step
 from vqgan_accel.training.setup import Run, open_run
@@ -196,3 +197,30 @@ def everything(run: Run) -> dict[str, Tensor]:
         for index, state in learner.optimizer.state_dict()["state"].items():
             found |= {f"{learner.name}.{index}.{key}": value for key, value in state.items()}
     return {name: value.detach().clone() for name, value in found.items()}
+
+
+def test_bad_steps_in_a_row_are_those_since_the_last_sound_one() -> None:
+    progress = Progress()
+    for sound in (False, False, True, False):
+        progress.apply_update() if sound else progress.discard_update()
+    assert (progress.step, progress.bad_steps, progress.bad_steps_in_a_row) == (4, 3, 1)
+
+
+def test_a_checkpoint_is_on_the_disk_before_a_link_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, then its name; then the links, and only then older ones go."""
+    done: list[str] = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(checkpoint, "point", lambda link, name: done.append(f"{link.name} -> {name}"))
+    monkeypatch.setattr(
+        checkpoint, "set_aside", lambda path: done.append(f"away {path.name}") if path.exists() else None
+    )
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+
+    def write(folder: Path) -> None:
+        (folder / "progress.json").write_text("{}")
+
+    checkpoint.save_checkpoint(tmp_path, 2, write, keep=1, best_step=None)
+    partial = ".step_00000002.partial"
+    assert sorted(done[:3]) == ["sync .step_00000002.partial", "sync manifest.json", "sync progress.json"]
+    assert done[2:4] == [f"sync {partial}", "sync checkpoints"]
+    assert done[4:] == ["latest -> step_00000002", "sync checkpoints", "away step_00000001"]
