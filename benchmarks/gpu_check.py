@@ -809,7 +809,7 @@ def check_two_processes(place: Place) -> None:
     if place.cuda and torch.cuda.device_count() < 2:
         place.record("two processes", "not tried: one GPU")
         return
-    config = tiny_config(place, "ema", deterministic=True, max_steps=3)
+    config = tiny_config(place, "ema", deterministic=True, max_steps=3, total_batch_size=16)
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     start(*two, "train.py", config, f"output_dir={place.folder / 'two'}")()
     start("train.py", config, f"output_dir={place.folder / 'one'}")()

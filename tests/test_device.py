@@ -49,6 +49,7 @@ There = Callable[..., Any]
 
 def plug_in() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{pretend_device.NAME}:0"
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     torch.set_num_threads(1)
     pretend_device.plug_in()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import reset_accelerate
 from ranks import Rank, run_ranks
 from tiny import tiny_config
 
@@ -165,6 +166,7 @@ def test_a_taken_port_is_told_by_the_command_line(tmp_path: Path) -> None:
 
 
 def step_that_breaks(me: Rank) -> None:
+    reset_accelerate()  # the rank is a fork of this process, in which other tests have run
     original = loop.take_step
 
     def take_step(run: Run, stop_request: StopRequest) -> loop.StepTaken:
