@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DISCRIMINATOR, tiny_config, write_images
+from tiny import DISCRIMINATOR, tiny_config, write_images, write_splits
 
 from vqgan_accel.config import parse_config
 from vqgan_accel.evaluation.metrics import Metrics
@@ -86,3 +86,15 @@ def test_a_run_goes_on_at_its_checkpoints_step_with_the_order_that_follows(tmp_p
         whole = [batch["image"] for batch in run.batches]
     assert len(rest) == 3 and len(whole) == 5
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+
+
+def test_the_seed_decides_the_initial_weights(tmp_path: Path) -> None:
+    weights, same_images = [], {"path": str(write_splits(tmp_path / "images"))}
+    for number, seed in enumerate((3, 3, 4)):
+        config = tiny_config(tmp_path / str(number), seed=seed, data=same_images, discriminator=DISCRIMINATOR)
+        with open_run(config) as run:
+            weights.append([learner.network.state_dict() for learner in run.networks.learners])
+    first, again, other = weights
+    for mine, same, another in zip(first, again, other, strict=True):
+        assert all(torch.equal(mine[name], same[name]) for name in mine)
+        assert not all(torch.equal(mine[name], another[name]) for name in mine)

@@ -1,6 +1,6 @@
 """Wrong lines, planted one at a time: is there a test that sees each?
 
-    python tests/mutations [--only TEXT] [--skip N] [--jobs 1] [--table docs/mutations.md]
+    python tests/mutations [--only TEXT] [--skip N] [--new] [--jobs 1] [--table docs/mutations.md]
 
 For each entry of audit.py and own.py the line is changed in a clone of the last commit, and the fast tests that are
 named for its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An
@@ -150,14 +150,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants with this text in their file or their effect")
     parser.add_argument("--skip", type=int, default=0, help="as many of them, from the first on")
+    parser.add_argument(
+        "--new", action="store_true", help="those of which the table does not say that they were killed"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", type=Path, help="write the outcome as a Markdown table")
     options = parser.parse_args()
     mutants = [mutant for mutant in [*AUDIT, *OWN] if options.only in f"{mutant.file} {mutant.effect}"]
-    mutants = mutants[options.skip :]
+    mutants, rows = mutants[options.skip :], old_rows(options.table)
+    if options.new:
+        mutants = [mutant for mutant in mutants if rows.get(beginning(mutant), SURVIVED) == SURVIVED]
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    rows, survived = old_rows(options.table), 0
+    survived = 0
     for mutant, killed_by in outcomes(mutants, options.jobs, dict(rows)):
         survived += killed_by is None
         print(f"{mutant.file:32} {mutant.effect:70} {killed_by or 'SURVIVED'}", flush=True)
