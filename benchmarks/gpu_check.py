@@ -50,6 +50,7 @@ RECIPE = REPOSITORY / "configs/imagenet/standard_vqgan_cb1024_adaptive_R1.yaml"
 QUANTIZERS = ("standard", "ema", "entropy", "gumbel")
 RESULTS = "gpu_check"  # .json, .md, .log
 ROWS = 12  # of a profile
+Logged = dict[int, dict[str, float]]  # step -> name -> value
 
 
 @dataclass
@@ -292,25 +293,24 @@ def check_numbers(place: Place) -> None:
     reference = logged(place.folder / "cpu")
     for allowed in (True, False):
         found = logged(place.folder / tf32_name(allowed))
-        for step in (1, 3):
-            off = {
-                name: abs(found[step][name] - value) / (abs(value) + 1e-12) for name, value in reference[step].items()
-            }
-            worst = max(off, key=off.__getitem__)
-            place.record(
-                f"logged values of step {step}, {tf32_name(allowed)} beside the CPU, relative",
-                f"total {off['total']:.1e}, worst {off[worst]:.1e} ({worst})",
-                "",
-                "1e-3" if allowed else "1e-5",
-            )
+        record_apart(place, f"{tf32_name(allowed)} beside the CPU", found, reference, "1e-3" if allowed else "1e-5")
 
 
 def tf32_name(allowed: bool) -> str:
     return "TF32" if allowed else "IEEE"
 
 
-def logged(run: Path) -> dict[int, dict[str, float]]:
-    """step -> losses and norms"""
+def record_apart(place: Place, what: str, found: Logged, reference: Logged, expected: str) -> None:
+    """How far two runs' logged values are apart, in their first step and in their third."""
+    for step in (1, 3):
+        off = {name: abs(found[step][name] - value) / (abs(value) + 1e-12) for name, value in reference[step].items()}
+        worst = max(off, key=off.__getitem__)
+        values = f"total {off['total']:.1e}, worst {off[worst]:.1e} ({worst})"
+        place.record(f"logged values of step {step}, {what}, relative", values, "", expected)
+
+
+def logged(run: Path) -> Logged:
+    """Losses and norms."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         line["step"]: {name: value for name, value in line.items() if isinstance(value, float) and value}
@@ -703,13 +703,13 @@ def check_waits(place: Place) -> None:
     from vqgan_accel.training.setup import open_run
 
     for quantizer in QUANTIZERS if place.cuda else ("gumbel",):
-        for ema_decay, expected in (("null", "1"), ("0.9", "3")):
+        for ema_decay in ("null", "0.9"):
             folder = place.folder / f"{quantizer}_{ema_decay}"
             settings = [f"output_dir={folder}", f"training.ema_decay={ema_decay}", "data.workers=0"]
             waits: Counter[str] = Counter()
             with open_run(load_config(tiny_config(place, quantizer), settings)) as run:
                 run_loop(run, partial(watched, run, waits))
-            record_waits(place, f"host waits a step, {quantizer}, ema_decay {ema_decay}", waits, expected)
+            record_waits(place, f"host waits a step, {quantizer}, ema_decay {ema_decay}", waits, "1")
 
 
 WATCHED = (1, 2)  # optimizer steps, counted from 0: an R1 step is among them; no epoch ends, nothing is saved
@@ -814,11 +814,7 @@ def check_two_processes(place: Place) -> None:
     start(*two, "train.py", config, f"output_dir={place.folder / 'two'}")()
     start("train.py", config, f"output_dir={place.folder / 'one'}")()
     one, other = (logged(place.folder / name) for name in ("one", "two"))
-    for step in (1, 3):
-        off = {name: abs(other[step][name] - value) / (abs(value) + 1e-12) for name, value in one[step].items()}
-        worst = max(off, key=off.__getitem__)
-        found = f"total {off['total']:.1e}, worst {off[worst]:.1e} ({worst})"
-        place.record(f"logged values of step {step}, two processes beside one, relative", found, "", "1e-5")
+    record_apart(place, "two processes beside one", other, one, "1e-5")
 
 
 def train_in_ddp(place: Place, config: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ run=$1
 shift
 in_vain=0 stopped=0 child=
 trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child"' TERM INT
-newest() { readlink "$run/checkpoints/latest" || true; }
+newest() { readlink "$run/checkpoints/latest" || cat "$run/checkpoints/latest" 2>/dev/null || true; } # a file without links
 
 while true; do
     before=$(newest)

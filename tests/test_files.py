@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import held_by_another
 from tiny import tiny_config
 
 from vqgan_accel import load_tokenizer
 from vqgan_accel.files import followed, one_at_a_time, point, sync
+from vqgan_accel.models.weights import cached, downloading
 from vqgan_accel.training import loop
 
 
@@ -44,6 +46,13 @@ def test_without_links_a_run_trains_goes_on_and_is_read_by_its_names(tmp_path: P
     for link in (latest, best):
         weights, expected = (load_tokenizer(path).state_dict() for path in (link, followed(link)))
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "latest"])
+def test_a_file_that_is_no_link_is_told_as_what_it_is_not(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"no such step" if name == "latest" else b"\xff\xfe weights of another program")
+    with pytest.raises(FileNotFoundError, match="there is no run, checkpoint or saved tokenizer at"):
+        load_tokenizer(tmp_path / name)
 
 
 def test_another_error_than_a_lack_of_links_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +105,14 @@ def test_what_one_process_downloads_the_others_find(tmp_path: Path) -> None:
 def test_where_nothing_can_be_written_nobody_waits(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with one_at_a_time(tmp_path / "file" / "folder"):
+        pass
+
+
+def test_nobody_waits_for_a_download_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = "https://somewhere/weights-12345678.pth"
+    with downloading(url):
+        assert (tmp_path / "checkpoints" / ".lock").is_file()
+    cached(url).touch()
+    with held_by_another(tmp_path / "checkpoints"), downloading(url):  # which would have waited for ever
         pass

@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.extras import EXTRAS
-from vqgan_accel.models.weights import cached_weights
+from vqgan_accel.models.weights import cached, cached_weights
 
 CORE = (
     "numpy",
@@ -151,8 +151,7 @@ def _bf16() -> str:
 def _weights(name: str, file: str | None, use: str) -> str:
     if file is not None:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
-    inception = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    cached = inception if name == "inception" else cached_weights(name)
-    if cached.is_file():
-        return f"cached in {cached}"
+    kept = cached(URL_INCEPTION_V3) if name == "inception" else cached_weights(name)
+    if kept.is_file():
+        return f"cached in {kept}"
     return f"not here: downloaded at first use, or give weights.{name}=FILE; enables {use}"

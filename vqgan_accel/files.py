@@ -93,10 +93,8 @@ def point(link: Path, name: str) -> None:
 
 
 def followed(link: Path) -> Path:
-    """Where a file that `point` wrote leads; any other path is itself."""
-    if not link.is_file():
-        return link
-    return link.with_name(link.read_text(encoding="utf-8").strip() or link.name)
+    """Where a link of `point` leads that is a file; one that is a link is itself."""
+    return link.with_name(link.read_text(encoding="utf-8").strip()) if link.is_file() else link
 
 
 class FolderHeldError(ValueError):

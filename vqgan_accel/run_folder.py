@@ -29,6 +29,7 @@ VALIDATION = "validation.json"
 REPORT = "report.html"
 PICTURES = "images"  # a folder of one for each validation
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
+LATEST, BEST = "latest", "best"  # links to checkpoints, beside them
 TOKENIZER = "tokenizer"  # folders inside a checkpoint
 TOKENIZER_EMA = "tokenizer_ema"
 TOKENIZER_CONFIG = "config.json"  # files there, named so by diffusers

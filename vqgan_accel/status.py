@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal, NamedTuple
 from vqgan_accel.files import is_locked, read_lines, write_json
 from vqgan_accel.interruption import ANOTHER_HAS_STOPPED, EXIT_INTERRUPTED, TrainingInterruptedError
 from vqgan_accel.run_folder import CONFIG, STARTS, STATUS, checkpoints, step_of
+from vqgan_accel.words import now
 
 Word = Literal["running", "finished", "interrupted", "failed"]
 EXIT: dict[Word, int] = {"finished": 0, "failed": 1, "running": 3, "interrupted": EXIT_INTERRUPTED}
@@ -94,6 +94,5 @@ def _is_loss_of_another(error: Exception) -> bool:
 
 def _leave(run: Path, word: Word, reason: str) -> None:
     """On a full disk the run says why it ends, and not that it could not say so here."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with suppress(OSError):
-        write_json(run / STATUS, {"status": word, "reason": reason, "time": now, "process": os.getpid()})
+        write_json(run / STATUS, {"status": word, "reason": reason, "time": now(), "process": os.getpid()})

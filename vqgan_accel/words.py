@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 
@@ -16,6 +17,11 @@ def duration(seconds: float) -> str:
     if minutes:
         return f"{minutes} min {whole % 60:02} s"
     return f"{whole} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def now() -> str:
+    """Such as 2026-11-26T18:30:00Z, whatever the machine's zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def either(names: Sequence[str]) -> str:

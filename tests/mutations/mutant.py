@@ -16,6 +16,7 @@ class Mutant(NamedTuple):
 # file -> the fast tests that watch it, the quickest first. The first pattern that fits counts.
 TESTS = {
     "training/plan.py": ("test_plan.py", "test_config.py", "test_plain_trainer.py"),
+    "words.py": ("test_record.py",),
     "schedules.py": ("test_schedules.py", "test_plan.py"),
     "training/checkpoint.py": ("test_state.py", "test_training.py"),
     "training/state.py": ("test_state.py", "test_bad_steps.py", "test_training.py", "test_plain_trainer.py"),

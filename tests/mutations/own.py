@@ -621,7 +621,7 @@ OWN = [
     ),
     Mutant(
         "training/checkpoint.py",
-        '("latest", step), ("best", best_step)',
+        "(LATEST, step), (BEST, best_step)",
         '("latest", step), ("best", step)',
         "`best` is the latest",
     ),
@@ -1165,7 +1165,7 @@ OWN = [
         "of a section of another type every key is told",
     ),
     Mutant(
-        "training/record.py",
+        "words.py",
         'time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())',
         'time.strftime("%Y-%m-%dT%H:%M:%SZ")',
         "local time is called UTC",

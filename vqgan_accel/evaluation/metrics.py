@@ -23,10 +23,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.distributed import sum_over_processes
-from vqgan_accel.files import one_at_a_time
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
 from vqgan_accel.models.quantizers import count_codes
-from vqgan_accel.models.weights import downloads, load_state, state_hash
+from vqgan_accel.models.weights import downloading, load_state, state_hash
 
 PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
 MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
@@ -209,7 +208,7 @@ def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
     if weights is not None:
         load_state(Path(weights), "weights.inception")  # torch-fidelity itself would execute what a pickle asks for
     try:
-        with one_at_a_time(downloads()) if weights is None else nullcontext():
+        with downloading(URL_INCEPTION_V3) if weights is None else nullcontext():
             # antialias=False is the resize of the original code (TensorFlow 1's), which published numbers are made with
             return FrechetInceptionDistance(
                 feature=2048, feature_extractor_weights_path=weights, antialias=False, dist_sync_fn=summed

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from vqgan_accel.files import followed
 from vqgan_accel.run_folder import (
+    BEST,
     CONFIG,
+    LATEST,
     TOKENIZER,
     TOKENIZER_CONFIG,
     TOKENIZER_EMA,
@@ -23,7 +25,8 @@ def find_tokenizer(path: Path) -> tuple[Path, Path | None]:
     A run means its latest checkpoint; of a checkpoint the averaged weights are taken where it has them.
     FileNotFoundError where there is none.
     """
-    path = followed(path)
+    if path.name in (LATEST, BEST):
+        path = followed(path)
     if not path.is_dir():
         path = downloaded(path)
     checkpoint = path

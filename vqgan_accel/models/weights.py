@@ -4,6 +4,7 @@ way."""
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import URLError
@@ -40,14 +41,20 @@ def published(name: str) -> WeightsEnum:
     return get_weight(PUBLISHED[name])
 
 
-def downloads() -> Path:
-    """Where torchvision and torch-fidelity keep what they download."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
+def cached(url: str) -> Path:
+    """Where torchvision and torch-fidelity keep what they download from there."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
 def cached_weights(name: str) -> Path:
     """Where a download of `name`, a key of PUBLISHED, is kept."""
-    return downloads() / Path(published(name).url).name
+    return cached(published(name).url)
+
+
+def downloading(url: str) -> AbstractContextManager[None]:
+    """Around what may download a file from there: one process does, the others find it. Nobody waits where it is."""
+    file = cached(url)
+    return nullcontext() if file.is_file() else one_at_a_time(file.parent)
 
 
 def load_published(name: str, file: str | None) -> dict[str, Tensor]:
@@ -59,7 +66,7 @@ def load_published(name: str, file: str | None) -> dict[str, Tensor]:
         return load_state(Path(file), f"weights.{name}")
     weights = published(name)
     try:
-        with one_at_a_time(downloads()):
+        with downloading(weights.url):
             return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 
 from vqgan_accel.config import TrainingConfig
 from vqgan_accel.models.precision import ieee_float32
+from vqgan_accel.words import either
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it is first used
 WORKSPACES = (":4096:8", ":16:8")  # with which it is deterministic
@@ -35,7 +36,7 @@ def deterministic_algorithms(asked: bool) -> Iterator[None]:
     if (workspace := os.environ.setdefault(WORKSPACE, WORKSPACES[0])) not in WORKSPACES:
         raise ValueError(
             f"training.deterministic: {WORKSPACE} is {workspace}, with which cuBLAS is not; unset it, or set it to "
-            f"{' or '.join(WORKSPACES)}"
+            f"{either(WORKSPACES)}"
         )
     before = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -29,7 +29,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vqgan_accel.files import point, sync, write_json
-from vqgan_accel.run_folder import checkpoints, checkpoints_folder, step_name
+from vqgan_accel.run_folder import BEST, LATEST, checkpoints, checkpoints_folder, step_name
 from vqgan_accel.training.state import Stateful
 
 PROGRESS = "progress.json"
@@ -94,7 +94,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
 
 def point_links(run: Path, step: int, best_step: int | None) -> None:
     """`latest` and `best`, from what a checkpoint says: an interruption between two renames is made good here."""
-    for name, target in (("latest", step), ("best", best_step)):
+    for name, target in ((LATEST, step), (BEST, best_step)):
         link = checkpoints_folder(run) / name
         if link.is_dir() and not link.is_symlink():  # a copy that followed links
             set_aside(link)

@@ -19,7 +19,7 @@ from vqgan_accel.data.views import to_float
 from vqgan_accel.distributed import decided_by_main, num_processes, sum_over_processes
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
-from vqgan_accel.run_folder import checkpoints_folder
+from vqgan_accel.run_folder import BEST, LATEST, checkpoints_folder
 from vqgan_accel.training.adversary import Adversary
 from vqgan_accel.training.checkpoint import save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
@@ -251,7 +251,7 @@ def write_report(run: Run) -> None:
         page = f"look at {report([run.folder])}"
     except Exception as error:
         page = f"its report could not be written ({' '.join(str(error).split())})"
-    best, value = checkpoints_folder(run.folder) / ("latest" if progress.best is None else "best"), ""
+    best, value = checkpoints_folder(run.folder) / (LATEST if progress.best is None else BEST), ""
     if progress.best is not None:
         value = f" (step {progress.best_step:,}, {run.config.training.best_metric} {progress.best:.4g})"
     run.tracking.say(

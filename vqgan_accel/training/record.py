@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vqgan_accel.files import append_line
 from vqgan_accel.run_folder import CLOCK, CONFIG, METRICS, STARTS, VALIDATION, WANDB_ID, pictures
 from vqgan_accel.training.plan import Plan
 from vqgan_accel.training.state import Progress
+from vqgan_accel.words import now
 
 PACKAGES = ("torchvision", "accelerate", "diffusers", "torchmetrics")  # beside torch
 
@@ -47,7 +47,7 @@ def record_start(accelerator: Accelerator, plan: Plan, progress: Progress, valid
     start = {
         "step": progress.step,
         "total_steps": plan.total_steps,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": now(),
         "processes": plan.num_processes,
         "device": device_name(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,

@@ -129,7 +129,7 @@ def set_up(config: Config, resume: bool, held: ExitStack) -> Run:
         plan=plan,
         folder=ground.folder,
         networks=networks,
-        batches=iter(training_loader(ground.training_source, config.data, order, pinned(accelerator))),
+        batches=iter(training_loader(ground.training_source, config.data, order, accelerator.device.type == "cuda")),
         validation=validation,
         usage=usage,
         progress=progress,
@@ -236,11 +236,6 @@ def work_of(summary: dict[str, Any], plan: Plan) -> Work:
     gflop = summary["gflop_per_image"]
     each = [step_gflop(gflop, adversarial) for adversarial in (False, True)]
     return Work(plan.config.training.total_batch_size, plan.num_processes, *each)
-
-
-def pinned(accelerator: Accelerator) -> bool:
-    """Whether batches are made ready for a copy to a GPU."""
-    return accelerator.device.type == "cuda"
 
 
 def checkpoint_to_resume(plan: Plan, resume: bool, say: Callable[[str], None]) -> Path | None:
