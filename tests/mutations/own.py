@@ -622,7 +622,7 @@ OWN = [
     Mutant(
         "training/checkpoint.py",
         "(LATEST, step), (BEST, best_step)",
-        '("latest", step), ("best", step)',
+        "(LATEST, step), (BEST, step)",
         "`best` is the latest",
     ),
     Mutant(
