@@ -1,7 +1,9 @@
 """Real training on several processes: `train.py`'s own entry, gloo between them, nobody to help them.
 
 The ranks are forked from a process that has imported everything, which takes a tenth of a second where torchrun takes
-four. There is no launcher that would end the others when one has died: they must find out by themselves.
+four. There is no launcher that would end the others when one has died: they must find out by themselves. A process
+that has computed before must not fork them: a copy has what its threads hold locked, without the threads, and may wait
+for ever (`from_a_new_process`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
@@ -71,6 +74,12 @@ def run_ranks(arguments: list[str], arm: Callable[[Rank], None] | None = None, n
     with open(read_end, "rb") as reader:
         output = (reader.read() or b"").decode(errors="replace")
     return Outcome([process.exitcode or 0 for process in processes], output, seconds)
+
+
+def from_a_new_process(arguments: list[str], arm: Callable[[Rank], None], number: int) -> Outcome:
+    """`run_ranks` for pytest's own process; `arm` is a function of a module."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run_ranks, arguments, arm, number).result()
 
 
 def _rank(

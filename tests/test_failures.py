@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import reset_accelerate
-from ranks import Rank, run_ranks
+from ranks import Rank, from_a_new_process
 from tiny import tiny_config
 
 from vqgan_accel.config import save_config
@@ -166,7 +165,6 @@ def test_a_taken_port_is_told_by_the_command_line(tmp_path: Path) -> None:
 
 
 def step_that_breaks(me: Rank) -> None:
-    reset_accelerate()  # the rank is a fork of this process, in which other tests have run
     original = loop.take_step
 
     def take_step(run: Run, stop_request: StopRequest) -> loop.StepTaken:
@@ -181,7 +179,7 @@ def step_that_breaks(me: Rank) -> None:
 def test_a_process_that_breaks_ends_all_others_and_they_point_at_its_error(tmp_path: Path) -> None:
     settings = {"total_batch_size": 8, "max_steps": 50, "log_every": 1}
     save_config(tiny_config(tmp_path, training=settings), tmp_path / "tiny.yaml")
-    outcome = run_ranks([str(tmp_path / "tiny.yaml")], step_that_breaks, number=4)
+    outcome = from_a_new_process([str(tmp_path / "tiny.yaml")], step_that_breaks, number=4)
     assert not outcome.hung
     assert outcome.codes == [2, 2, 1, 2]  # a traceback, and sentences
     assert "KeyError: 'what went wrong'" in outcome.output and outcome.output.count(GONE) == 3
