@@ -3,10 +3,10 @@
     python tests/mutations [--only TEXT] [--skip N] [--new] [--jobs 1] [--table docs/mutations.md]
 
 For each entry of audit.py and own.py the line is changed in a clone of the last commit, and the fast tests that are
-named for its file run there until one fails. A mutant that lives is printed as SURVIVED, and the exit status is 1. An
-entry whose line is not there any more, or is there twice, is an error: put it right with the code. It takes about five
-seconds a mutant; nothing runs it but people. In the table the rows of mutants that were not asked for stay as they are,
-and the test that a row names is tried first.
+named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that lives is
+printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is there twice, is an
+error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people. In the table the
+rows of mutants that were not asked for stay as they are, and the test that a row names is tried first.
 """
 
 from __future__ import annotations
@@ -98,6 +98,13 @@ def run_pytest(arguments: list[str], clone: Path, output: int) -> None:
     os._exit(status)
 
 
+def require_green(tests: list[str], clone: Path) -> None:
+    """A test that fails as it is would count as having seen each wrong line."""
+    status, said = pytest_says(tests, clone)
+    if status != 0:
+        raise RuntimeError(f"the tests fail before a line is changed\n{said[-3000:]}")
+
+
 def outcomes(mutants: list[Mutant], jobs: int, rows: dict[str, str]) -> Iterator[Outcome]:
     """In the order of the mutants; each job has a clone of its own. `rows`: the old table's."""
     known = {mutant: killer(rows.get(beginning(mutant), SURVIVED)) for mutant in mutants}
@@ -107,6 +114,7 @@ def outcomes(mutants: list[Mutant], jobs: int, rows: dict[str, str]) -> Iterator
             clone = Path(folder) / str(number)
             subprocess.run(["git", "clone", "--quiet", "--shared", str(REPOSITORY), str(clone)], check=True)
             clones.put(clone)
+        require_green(sorted({name for mutant in mutants for name in tests_of(mutant)}), clone)
 
         def one(mutant: Mutant) -> Outcome:
             clone = clones.get()
