@@ -28,11 +28,12 @@ from torchvision import models as tv
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
-from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.data.crops import CROPS
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import codebook_histogram
-from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics
+from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.training.loop import train
@@ -260,9 +261,11 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
     assert protocol == {
         "num_images": 3,
         "image_size": SIZE,
-        "crop": CROP,
-        "resize_filter": RESIZE_FILTER,
-        "pixels": PIXEL_PROTOCOL,
+        "crop": CROPS["square"].crop,
+        "resize_filter": CROPS["square"].resize_filter,
+        "levels": "round",
+        "pixel_metrics_in_8_bits": False,
+        "ssim": "gaussian",
         "arithmetic": "float32, IEEE",
         "images_hash": protocol["images_hash"],
         "metrics": list(METRICS),
@@ -272,6 +275,20 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
     }
     assert set(report["results"]) == set(RESULTS)
     assert all(type(value) is float for value in report["results"].values())
+
+
+def test_another_laboratorys_protocol_is_another_fingerprint_with_other_pixels(run: Path, here: Path) -> None:
+    smaller = ["data.image_size=8", "evaluation.metrics=[psnr]"]  # as they are, these images need no resize
+    reports = {
+        name: evaluate(run, overrides=[f"evaluation.protocol={name}", *smaller], output=here / name)
+        for name in PROTOCOLS
+    }
+    found = {name: report["protocol"] for name, report in reports.items()}
+    assert len({report["fingerprint"] for report in reports.values()}) == len(PROTOCOLS)
+    assert len({protocol["images_hash"] for protocol in found.values()}) == len(PROTOCOLS)
+    assert len({report["results"]["psnr"] for report in reports.values()}) == len(PROTOCOLS)
+    assert (found["adm"]["levels"], found["adm"]["ssim"]) == ("half_up", "uniform_range_2")
+    assert found["lightningdit"]["resize_filter"] == "torch bilinear, antialiased, float32"
 
 
 def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path, here: Path, tmp_path: Path) -> None:

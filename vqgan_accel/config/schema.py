@@ -13,7 +13,8 @@ from vqgan_accel.config.losses import LossConfig
 from vqgan_accel.config.metrics import MetricNames
 from vqgan_accel.config.quantizers import QuantizerField, StandardQuantizerConfig
 from vqgan_accel.config.training import TrainingConfig
-from vqgan_accel.sections import Section
+from vqgan_accel.data.protocols import PROTOCOLS
+from vqgan_accel.sections import OneOf, Section
 
 
 class EvaluationConfig(Section):
@@ -21,6 +22,11 @@ class EvaluationConfig(Section):
     metrics: MetricNames = Field(
         ("l2", "psnr", "ssim", "lpips", "rfid", "codebook"),
         description="docs/evaluation.md defines each",
+    )
+    protocol: Annotated[str, OneOf(PROTOCOLS)] = Field(
+        "ours",
+        description="whose crop, rounding to 8 bits and SSIM: ours, or those of the code that a paper's numbers come "
+        "from; docs/evaluation.md says whose are whose",
     )
     lpips_network: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="of the metric lpips")
     batch_size: int = Field(32, ge=1, description="images per process, also in validations, tokenize and codebook")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
@@ -42,7 +43,10 @@ def codebook(
     require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
-    for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):
+    crop = PROTOCOLS[config.evaluation.protocol].crop
+    for batch in evaluation_loader(
+        source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False, crop=crop
+    ):
         codes = tokenizer.encode(to_float(batch["image"].to(device)))
         counts += count_codes(codes, len(counts))
 

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, Metric
+from vqgan_accel.data.crops import CROPS
 from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.source import ImageSource
-from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
-from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
+from vqgan_accel.evaluation.metrics import Metrics, codebook_usage, perplexity
 from vqgan_accel.files import write_json
 from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.precision import ieee_float32
@@ -165,8 +166,9 @@ def open_measurement(
     if (number := count_images(source)) is not None:
         metrics.require(number)
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    crop = PROTOCOLS[settings.protocol].crop
     return metrics, evaluation_loader(
-        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda"
+        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda", crop=crop
     )
 
 
@@ -203,12 +205,16 @@ def report_of(evaluation: Evaluation, opened: Opened, protocol: dict[str, Any]) 
 def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:
     """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are
     equal."""
+    rules = PROTOCOLS[config.evaluation.protocol]
+    crop = CROPS[rules.crop]
     return {
         "num_images": evaluation.num_images,
         "image_size": config.data.image_size,
-        "crop": CROP,
-        "resize_filter": RESIZE_FILTER,
-        "pixels": PIXEL_PROTOCOL,
+        "crop": crop.crop,
+        "resize_filter": crop.resize_filter,
+        "levels": rules.levels,
+        "pixel_metrics_in_8_bits": rules.eight_bit,
+        "ssim": rules.ssim,
         "arithmetic": ARITHMETIC,
         "images_hash": evaluation.pixels_hash,
         "metrics": list(metrics.names),

@@ -1,7 +1,7 @@
 """Metrics over a whole split, on torchmetrics: sums on each process, one reduction at the end, no padding anywhere.
 
-Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both rounded to 8
-bits.
+Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both in 8 bits.
+evaluation.protocol says how pixels become these, and which SSIM is meant (pixels.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics import MeanMetric
 from torchmetrics import Metric as TorchMetric
-from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.distributed import sum_over_processes
+from vqgan_accel.evaluation.pixels import SSIM, pixels_of, ssim
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
 from vqgan_accel.models.quantizers import count_codes
 from vqgan_accel.models.weights import downloading, load_state, state_hash
 
-PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
 MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
 
 
@@ -95,6 +95,7 @@ class Metrics:
         device: torch.device,
     ) -> None:
         self.names = tuple(names)
+        self.protocol = PROTOCOLS[config.protocol]
         self.parts: dict[str, Any] = {"codebook": CodeCounts(num_codes)}
         self.networks: dict[str, nn.Module] = {}  # feature networks by metric, for the protocol
         for name in self.names:
@@ -137,23 +138,22 @@ class Metrics:
         if not len(images):
             return
         reconstructions = reconstructions.clamp(-1, 1)
-        x, y = (images + 1) / 2, (reconstructions + 1) / 2
+        pixels = pixels_of(self.protocol, images, reconstructions)
         self.parts["codebook"].update(codes)
         if "l2" in self.parts:
-            mse = (x.double() - y.double()).square().mean((1, 2, 3))
+            mse = (pixels.x - pixels.y).square().mean((1, 2, 3))
             self.parts["l2"].update(mse)
         if "psnr_per_image" in self.parts:
             self.parts["psnr_per_image"].update(psnr(mse))
         if "ssim" in self.parts:
-            ssim = structural_similarity_index_measure(y.double(), x.double(), data_range=1.0, reduction="none")
-            self.parts["ssim"].update(ssim)
+            self.parts["ssim"].update(ssim(pixels.x, pixels.y, SSIM[self.protocol.ssim]))
         for name in ("lpips", "mobilenet_distance"):
             if name in self.parts:
                 self.parts[name].update(self.networks[name](reconstructions, images))
         for name in ("rfid", "fd_mobilenet"):
             if name in self.parts:
-                self.parts[name].update((x * 255).round().byte(), real=True)
-                self.parts[name].update((y * 255).round().byte(), real=False)
+                self.parts[name].update(pixels.x_levels, real=True)
+                self.parts[name].update(pixels.y_levels, real=False)
 
     def compute(self) -> dict[str, float]:
         """Every result of METRIC_RESULTS[name] for the metrics asked for; every rank calls it and gets the same."""

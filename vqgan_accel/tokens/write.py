@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
+from vqgan_accel.data.crops import CROPS, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of, views_loader
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.source import ImageSource, Labels, in_utf8
-from vqgan_accel.data.transforms import CROP, RESIZE_FILTER, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
 from vqgan_accel.files import lock, naming, sync, write_json
@@ -116,7 +117,8 @@ def write_shards(
     size, batch = manifest["shard_images"], batch_images(job.config, job.views)
     batches = {number: shard_batches(number, size, len(source), batch) for number in numbers}
     wanted = [images for shard in batches.values() for images in shard]
-    views, pin_memory = partial(views_of, kind=job.views), device.type == "cuda"
+    crop = PROTOCOLS[job.config.evaluation.protocol].crop
+    views, pin_memory = partial(views_of, crop=crop, kind=job.views), device.type == "cuda"
     loader = views_loader(source, job.config.data, wanted, views, pin_memory)
     job.tokenizer.to(device)
     bar = tqdm(total=sum(map(len, wanted)), unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True)
@@ -154,6 +156,7 @@ def manifest_of(job: Job) -> dict[str, Any]:
     """All that decides the rows, and what they are."""
     tokenizer, config, source, labels, views = job
     side = config.data.image_size // tokenizer.stride
+    crop = CROPS[PROTOCOLS[config.evaluation.protocol].crop]
     return {
         "tokenizer_sha256": state_hash(tokenizer),
         "tokenizer": tokenizer.settings.model_dump(mode="json"),
@@ -165,8 +168,8 @@ def manifest_of(job: Job) -> dict[str, Any]:
         "num_images": len(source),
         "labels": labels and labels.fingerprint(),
         "image_size": config.data.image_size,
-        "crop": CROP,
-        "resize_filter": RESIZE_FILTER,
+        "crop": crop.crop,
+        "resize_filter": crop.resize_filter,
         "views": list(VIEWS[views]),
         "ten_crop_scale": TEN_CROP_SCALE if views == "10crop" else None,
     }
