@@ -278,7 +278,7 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
 
 
 def test_another_laboratorys_protocol_is_another_fingerprint_with_other_pixels(run: Path, here: Path) -> None:
-    smaller = ["data.image_size=8", "evaluation.metrics=[psnr]"]  # as they are, these images need no resize
+    smaller = ["data.image_size=12", "evaluation.metrics=[psnr]"]  # as they are, these images need no resize
     reports = {
         name: evaluate(run, overrides=[f"evaluation.protocol={name}", *smaller], output=here / name)
         for name in PROTOCOLS
