@@ -287,7 +287,6 @@ def test_another_laboratorys_protocol_is_another_fingerprint_with_other_pixels(r
     assert len({report["fingerprint"] for report in reports.values()}) == len(PROTOCOLS)
     # of 20 x 16 pixels ours and MaskBit's crop are the same, and so are ADM's and TiTok's
     assert len({protocol["images_hash"] for protocol in found.values()}) == 4
-    assert len({report["results"]["psnr"] for report in reports.values()}) == len(PROTOCOLS)
     assert (found["adm"]["levels"], found["adm"]["ssim"]) == ("half_up", "uniform_range_2")
     assert found["lightningdit"]["resize_filter"] == "torch bilinear, antialiased, float32"
 
