@@ -72,24 +72,25 @@ def pixels_of(protocol: Protocol, images: Tensor, reconstructions: Tensor) -> Pi
 class SsimRule(NamedTuple):
     """Of Wang et al. 2004, what implementations do not agree on."""
 
-    window: Tensor  # (n,) along each side, of sum 1
+    side: int  # pixels of the window
+    sigma: float | None  # of its Gaussian; None: all pixels count alike
     data_range: float  # that the two constants are made with
     reflected: bool = False  # whether the border, mirrored, is measured too
     signed: bool = False  # whether pixels are in [-1, 1]
     unbiased: bool = False  # variances over n^2 - 1
 
+    def window(self, device: torch.device) -> Tensor:
+        """(n,) along each side, of sum 1"""
+        places = torch.arange(self.side, device=device, dtype=torch.float64) - (self.side - 1) / 2
+        weights = torch.exp(-(places**2) / (2 * self.sigma**2)) if self.sigma else torch.ones_like(places)
+        return weights / weights.sum()
 
-def gaussian(length: int, sigma: float) -> Tensor:
-    weights = torch.exp(-((torch.arange(length).double() - (length - 1) / 2) ** 2) / (2 * sigma**2))
-    return weights / weights.sum()
 
-
-GAUSSIAN, UNIFORM = gaussian(11, 1.5), torch.full((7,), 1 / 7, dtype=torch.float64)
 SSIM: dict[Ssim, SsimRule] = {
-    "gaussian": SsimRule(GAUSSIAN, 1, reflected=True),  # Wang et al. 2004; torchmetrics, MaskBit
-    "gaussian_signed": SsimRule(GAUSSIAN, 2, reflected=True, signed=True),  # torchmetrics, data_range=(-1, 1)
-    "uniform": SsimRule(UNIFORM, 1, unbiased=True),  # scikit-image's default
-    "uniform_range_2": SsimRule(UNIFORM, 2, unbiased=True),  # the same with data_range=2 on pixels in [0, 1]: LlamaGen
+    "gaussian": SsimRule(11, 1.5, 1, reflected=True),  # Wang et al. 2004; torchmetrics, MaskBit
+    "gaussian_signed": SsimRule(11, 1.5, 2, reflected=True, signed=True),  # torchmetrics, data_range=(-1, 1)
+    "uniform": SsimRule(7, None, 1, unbiased=True),  # scikit-image's default
+    "uniform_range_2": SsimRule(7, None, 2, unbiased=True),  # the same with data_range=2 on pixels in [0, 1]: LlamaGen
 }
 
 
@@ -101,7 +102,7 @@ def ssim(x: Tensor, y: Tensor, rule: SsimRule) -> Tensor:
 
 def _mean_ssim(x: Tensor, y: Tensor, rule: SsimRule) -> Tensor:
     """Both (3, H, W) -> (). Strip by strip, for the maps of a whole photograph would take gigabytes."""
-    size = len(rule.window)
+    size = rule.side
     if rule.reflected:
         x, y = (F.pad(image, (size // 2,) * 4, mode="reflect") for image in (x, y))
     height, width = x.shape[1] - size + 1, x.shape[2] - size + 1  # of the map
@@ -116,8 +117,7 @@ def _ssim_map(x: Tensor, y: Tensor, rule: SsimRule) -> Tensor:
     """Both (3, H, W) -> (3, H - n + 1, W - n + 1)"""
     if rule.signed:
         x, y = 2 * x - 1, 2 * y - 1
-    size = len(rule.window)
-    window = rule.window.to(x.device)
+    size, window = rule.side, rule.window(x.device)
     maps = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # (15, 1, H, W)
     maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, size)), window.view(1, 1, size, 1))
     mean_x, mean_y, xx, yy, xy = maps[:, 0].unflatten(0, (5, -1))
