@@ -141,12 +141,13 @@ class Metrics:
         pixels = pixels_of(self.protocol, images, reconstructions)
         self.parts["codebook"].update(codes)
         if "l2" in self.parts:
-            mse = (pixels.x - pixels.y).square().mean((1, 2, 3))
+            x, y = pixels.seen(self.protocol.eight_bit_psnr)
+            mse = (x - y).square().mean((1, 2, 3))
             self.parts["l2"].update(mse)
         if "psnr_per_image" in self.parts:
             self.parts["psnr_per_image"].update(psnr(mse))
         if "ssim" in self.parts:
-            self.parts["ssim"].update(ssim(pixels.x, pixels.y, SSIM[self.protocol.ssim]))
+            self.parts["ssim"].update(ssim(*pixels.seen(self.protocol.eight_bit_ssim), SSIM[self.protocol.ssim]))
         for name in ("lpips", "mobilenet_distance"):
             if name in self.parts:
                 self.parts[name].update(self.networks[name](reconstructions, images))
