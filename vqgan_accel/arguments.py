@@ -146,6 +146,17 @@ def _add_tokens(parsers: Subparsers) -> None:
     tokens.add_argument("--shard-images", type=int, help="images in a file (default: at most 10,000)")
     tokens.add_argument("--output", type=Path, required=True, help="folder; what it holds of the same codes is kept")
 
+    probe = _add(
+        parsers, "probe", "How well a small model predicts a tokenizer's codes, and its samples.", commands.run_probe
+    )
+    _take_tokenizer(probe)
+    _take_overrides(probe, "evaluation.metrics=[fd_mobilenet]")
+    probe.add_argument("--tokens", type=Path, required=True, help="folder that `tokenize` wrote with this tokenizer")
+    probe.add_argument("--steps", type=int, default=2000, help="of training, 64 images each (default: 2000)")
+    probe.add_argument("--samples", type=int, default=64, help="images to draw and decode (default: 64)")
+    probe.add_argument("--seed", type=int, default=0, help="of all that is random")
+    probe.add_argument("--output", type=Path, required=True, help="folder for probe.json and samples.png")
+
 
 def _add_exchange(parsers: Subparsers) -> None:
     imports = _add(
