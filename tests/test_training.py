@@ -547,6 +547,7 @@ def run_processes(config: Config, number: int) -> list[dict[str, Any]]:
     return metrics(run)
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_train_what_one_trains(tmp_path):
     """test_world_size.py has 20 steps of every quantizer, but a smooth discriminator; this one has the real kinks."""
     values = EVERYTHING | {
