@@ -18,6 +18,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +30,7 @@ from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig, save_config
 from vqgan_accel.data.background import ahead
+from vqgan_accel.data.hub import image_rows
 from vqgan_accel.data.lanes import Lane, StreamOrder, lanes_of
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader, training_order
 from vqgan_accel.data.stream import MAX_ROWS, StreamSource
@@ -362,6 +365,46 @@ def test_whatever_the_format_both_ways_of_reading_give_the_same_images(tmp_path:
         loader = evaluation_loader(open_source(data, "train"), data, 4, 0, 1, pin_memory=False)
         found = [np.ascontiguousarray(image.numpy()).tobytes() for batch in loader for image in batch["image"]]
         assert sorted(found) == expected
+
+
+def uneven_parquet(folder: Path, bytes_of_a_row: int) -> Path:
+    """Row groups of 4, 7, 0, 2 and 5 rows."""
+    folder.mkdir()
+    rows = iter([{"bytes": bytes([row]) * bytes_of_a_row, "path": f"{row}"} for row in range(18)])
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "other": pa.int64()})
+    with pq.ParquetWriter(folder / "train.parquet", schema) as writer:
+        for number in (4, 7, 0, 2, 5):
+            cells = list(islice(rows, number))
+            writer.write_table(pa.table({"image": cells, "other": [1] * number}, schema), row_group_size=100)
+    return folder
+
+
+def test_a_row_group_at_a_time_gives_the_rows_and_the_places_of_the_library_itself(tmp_path: Path) -> None:
+    """A run of an earlier version stands where the library said that it does."""
+    path = uneven_parquet(tmp_path / "data", 3)
+    ours = source_of(path)
+    builder = datasets.load_dataset_builder("parquet", data_files={"rows": [str(path / "train.parquet")]})
+    theirs = image_rows(builder.as_streaming_dataset(split="rows"), "image", "")
+    mine, places = ours.shard(0), []
+    for row, other in zip(mine, theirs, strict=True):
+        assert row == other
+        assert mine.state_dict() == theirs.state_dict()
+        places.append(theirs.state_dict())
+    assert len(places) == 18
+    for number, place in enumerate(places):
+        later = ours.shard(0)
+        later.load_state_dict(place)
+        assert [row["image"]["path"] for row in later] == [str(row) for row in range(number + 1, 18)]
+
+
+def test_of_an_open_parquet_file_one_row_group_is_in_memory(tmp_path: Path) -> None:
+    size = 2**20
+    source = source_of(uneven_parquet(tmp_path / "data", size))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in source.shard(0):
+        time.sleep(0.01)  # in which Arrow's threads could read on
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 3 * 7 * size  # as stored, as read, as a table
 
 
 def test_auto_finds_the_backend_and_streams(tmp_path: Path) -> None:

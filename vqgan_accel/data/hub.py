@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.parquet import read_by_row_groups
 from vqgan_accel.data.source import (
     DEFAULT_LABEL,
     STORES,
@@ -197,6 +198,7 @@ def _built(path: Path | str, split: str, key: str, streaming: bool, *arguments: 
     _require_split(split, _base_and_slice(split)[0], builder.info.splits or builder.config.data_files, path, key)
     with _one_sentence(path):
         if streaming:
+            read_by_row_groups(builder)
             return builder.as_streaming_dataset(split=split)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
