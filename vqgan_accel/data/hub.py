@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.names import Names
 from vqgan_accel.data.parquet import read_by_row_groups
 from vqgan_accel.data.source import (
     DEFAULT_LABEL,
@@ -78,7 +79,7 @@ class HubSource:
     def file_name(self, index: int) -> str:
         return f"row {index}"
 
-    def stored_names(self) -> list[str]:
+    def stored_names(self) -> Names:
         """(N,) The path that is stored with each image, or 'row i'. What this machine's folders are called is left out
         of it."""
         roots = (
@@ -86,10 +87,15 @@ class HubSource:
             datasets.config.HF_DATASETS_CACHE,
             huggingface_hub.constants.HF_HUB_CACHE,
         )
-        names = pc.struct_field(self.rows.with_format("arrow")[:][self.column], "path").to_pylist()
-        for root in roots:
-            names = [name and name.removeprefix(f"{root}/") for name in names]
-        return [name or f"row {index}" for index, name in enumerate(names)]
+        paths = pc.struct_field(self.rows.with_format("arrow")[:][self.column], "path")
+        stored = (path for chunk in paths.chunks for path in chunk.to_pylist())
+
+        def own(path: str | None) -> str | None:
+            for root in roots:
+                path = path and path.removeprefix(f"{root}/")
+            return path
+
+        return Names.of(own(path) or f"row {index}" for index, path in enumerate(stored))
 
     def labels(self) -> Labels | None:
         column = self.label_column or DEFAULT_LABEL

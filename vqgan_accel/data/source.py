@@ -55,7 +55,7 @@ class ImageSource(Protocol):
     def file_name(self, index: int) -> str:
         """What tells the image from others of its split: a relative path, or 'row i'."""
 
-    def stored_names(self) -> list[str] | None:
+    def stored_names(self) -> Sequence[str] | None:
         """(N,) What data.validation_fraction goes by; None where the data set keeps no names."""
 
     def labels(self) -> Labels | None:
