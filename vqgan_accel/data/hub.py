@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -154,8 +155,14 @@ def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
         return _load_from_hub(config, split, key, streaming)
     if config.subset or config.revision:
         raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
-    # an image folder's files are all looked at, which takes minutes for a million of them
-    with _locally(bars=path.is_dir() and not is_stored_dataset(path) and process_index() == 0):
+    as_files = path.is_dir() and not is_stored_dataset(path) and process_index() == 0
+    if as_files:
+        print(
+            f"NOTE: data.path {path} is a folder of image files, of which `datasets` looks at each before it begins: "
+            "minutes for a million, and nearly as long the next time; data.backend=folder (or auto) lists them at once",
+            file=sys.stderr,
+        )
+    with _locally(bars=as_files):
         return _load_local(path, split, key, streaming)
 
 
