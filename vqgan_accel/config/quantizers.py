@@ -112,7 +112,7 @@ class GumbelQuantizerConfig(CodebookConfig):
         None,
         ge=1,
         description="what the encoder emits, before a 1x1 convolution to one logit per code; null: num_codes, as the "
-        "original trainer has it",
+        "original trainer has it, for up to 46,340 codes",
     )
     straight_through: Learning[bool] = Field(False, description="hard one-hot forward, soft gradient")
     temperature_start: Learning[float] = Field(
