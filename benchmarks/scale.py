@@ -3,10 +3,10 @@
     python benchmarks/scale.py [--images 10000 100000] [--parts listing start epoch order evaluate tokenize data-info]
                                [--workers 2]
 
-The images are links to a few JPEG files of 16 px in 1000 folders, named as ImageNet's are; networks are as small as they
-may be: what is measured is the program around them. Each part runs in a process of its own. Seconds are the processor's,
-of all of the part's processes, where nothing else is said. "growth" is the last column over the one before it: 10 is in
-proportion to the images, 1 does not depend on them.
+The images are links to a few JPEG files of 16 px in 1000 folders, named as ImageNet's are; networks are as small as
+they may be: what is measured is the program around them. Each part runs in a process of its own. Seconds are the
+processor's, of all of the part's processes, where nothing else is said. "growth" is the last column over the one before
+it: 10 is in proportion to the images, 1 does not depend on them.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 def measured(part: str, folder: Path, workers: int) -> Numbers:
     command = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--workers", str(workers)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise SystemExit(f"{part} failed:\n{ended.stderr}")
     return json.loads(ended.stdout.splitlines()[-1])

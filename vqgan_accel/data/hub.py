@@ -1,5 +1,5 @@
-"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, arrow, webdataset's tars, an image folder) or by
-name from the hub.
+"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, arrow, webdataset's tars, an image folder), by
+name from the hub, or (parquet, arrow, tars) by URL from object storage.
 
 The library stores and finds the rows; decoding stays with us, so that a broken row can be named and images are
 treated alike wherever they come from.
@@ -11,10 +11,10 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
@@ -28,6 +28,7 @@ from PIL import Image
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.names import Names
 from vqgan_accel.data.parquet import read_by_row_groups
+from vqgan_accel.data.remote import is_url, remote_files
 from vqgan_accel.data.source import (
     DEFAULT_LABEL,
     STORES,
@@ -151,10 +152,14 @@ def stored_bytes(cell: dict[str, Any] | None) -> bytes:
 def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
     """The data set `config.path`: a datasets.Dataset, or an IterableDataset where streaming."""
     path = Path(str(config.path)).expanduser()
-    if not path.exists():
+    remote = is_url(str(config.path))
+    if not remote and not path.exists():
         return _load_from_hub(config, split, key, streaming)
     if config.subset or config.revision:
-        raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
+        where = f"{config.path} is a URL" if remote else f"{path} is local"
+        raise ValueError(f"data.path {where}; unset data.subset and data.revision, which are the hub's")
+    if remote:
+        return _load_files(*remote_files(str(config.path)), str(config.path), split, key, streaming)
     as_files = path.is_dir() and not is_stored_dataset(path) and process_index() == 0
     if as_files:
         print(
@@ -185,16 +190,25 @@ def _load_local(path: Path, split: str, key: str, streaming: bool) -> Any:
         name = base if re.fullmatch(r"\w+(\.\w+)*", base) else "rows"  # it has no splits named "." or "my album"
         own = {name: f"{glob.escape(str(path / base))}/**"}
         return _built(path, name + slice_, key, streaming, "imagefolder", data_files=own)
-    folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
+    return _load_files(path, {file: str(file) for file in files}, path, split, key, streaming)
+
+
+def _load_files(
+    root: PurePath, files: Mapping[PurePath, str], path: Path | str, split: str, key: str, streaming: bool
+) -> Any:
+    """Of the files of many images at `root`, each with what `datasets` opens, those of the split."""
+    base, slice_ = _base_and_slice(split)
+    folders = {file: file.parent.name for file in files if file.parent not in (root, root.parent)}
     chosen = [
-        glob.escape(str(file))
-        for file in files
+        glob.escape(name)
+        for file, name in files.items()
         if re.match(rf"{re.escape(base)}(?![a-zA-Z])", file.stem) or folders.get(file) == base
     ]
     if not chosen:
         names = {re.split("[-_.]", file.stem)[0] for file in files} | set(folders.values())
         _require_split(split, base, names, path, key)
-    return _built(path, "rows" + slice_, key, streaming, STORES[files[0].suffix], data_files={"rows": chosen})
+    kind = STORES[next(iter(files)).suffix]
+    return _built(path, "rows" + slice_, key, streaming, kind, data_files={"rows": chosen})
 
 
 def _load_from_hub(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
