@@ -120,12 +120,17 @@ def test_what_is_wrong_with_a_url_is_one_sentence() -> None:
             r"^no files that end in \.parquet, \.tar, \.arrow at data\.path memory://nothing, nor",
         ),
         ("nosuch://bucket", {}, r"^data\.path nosuch://bucket cannot be listed: .*nosuch"),
+        (
+            place,
+            {"backend": "folder", "streaming": False},
+            r"^data\.path memory://bucket is a URL; set data\.backend=hub",
+        ),
         (place, {"subset": "a"}, r"^data\.path memory://bucket is a URL; unset data\.subset and data\.revision"),
         (place, {"train_split": "training"}, r"^no split 'training' in data\.path memory://bucket; it has train, val"),
     ]:
         for streaming in (True, False):
             with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
-                open_source(config(path, streaming=streaming, **options), "train")
+                open_source(config(path, **({"streaming": streaming} | options)), "train")
             assert "\n" not in str(error.value)
 
 

@@ -11,11 +11,16 @@ from PIL import Image
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.listing import EXTENSIONS, image_files
 from vqgan_accel.data.names import Names
-from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, listed, nearest_name
+from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, is_url, listed, nearest_name
 
 
 def open_split(config: DataConfig, split: str, key: str) -> FolderSource:
     """See data/sources.py."""
+    if is_url(str(config.path)):
+        raise ValueError(
+            f"data.path {config.path} is a URL; set data.backend=hub, which reads parquet files and tars there, or give a "
+            "folder of images"
+        )
     return FolderSource(Path(str(config.path)).expanduser(), split, key, config.label_column)
 
 

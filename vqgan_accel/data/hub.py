@@ -28,7 +28,7 @@ from PIL import Image
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.names import Names
 from vqgan_accel.data.parquet import read_by_row_groups
-from vqgan_accel.data.remote import is_url, remote_files
+from vqgan_accel.data.remote import remote_files
 from vqgan_accel.data.source import (
     DEFAULT_LABEL,
     STORES,
@@ -37,6 +37,7 @@ from vqgan_accel.data.source import (
     decode_image,
     in_utf8,
     is_stored_dataset,
+    is_url,
     listed,
     nearest_name,
     stores,

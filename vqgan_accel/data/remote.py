@@ -10,10 +10,6 @@ from fsspec.core import url_to_fs
 from vqgan_accel.data.source import STORES, listed
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
 def remote_files(url: str) -> tuple[PurePath, dict[PurePath, str]]:
     """What lies at `url`, and the files of many images there, all of one kind, sorted: path -> URL. Two levels, as
     `stores` looks into a folder.

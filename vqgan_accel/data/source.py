@@ -83,6 +83,10 @@ def is_stored_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or bool(stores(folder))
 
 
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
 def stores(folder: Path) -> list[Path]:
     """The files of many images in a folder, all of one kind, sorted.
 
