@@ -18,8 +18,8 @@ def open_split(config: DataConfig, split: str, key: str) -> FolderSource:
     """See data/sources.py."""
     if is_url(str(config.path)):
         raise ValueError(
-            f"data.path {config.path} is a URL; set data.backend=hub, which reads parquet files and tars there, or give a "
-            "folder of images"
+            f"data.path {config.path} is a URL; set data.backend=hub, which reads parquet files and tars there, or "
+            "give a folder of images"
         )
     return FolderSource(Path(str(config.path)).expanduser(), split, key, config.label_column)
 
