@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -23,10 +24,14 @@ def read_by_row_groups(builder: Any) -> None:
         builder._generate_tables = partial(_row_groups, builder)
 
 
-def _row_groups(builder: Any, files: list[str], **_: Any) -> Iterator[tuple[Any, pa.Table]]:
-    """What the builder's own method gives, table by table: where a run stands in a file is told in their rows."""
+def _row_groups(builder: Any, files: list[Any], **_: Any) -> Iterator[tuple[Any, pa.Table]]:
+    """What the builder's own method gives, table by table: where a run stands in a file is told in their rows.
+
+    files: names, or as `datasets` before 4 has it iterables of names.
+    """
     access = DownloadConfig(storage_options=builder.storage_options, token=builder.token)
-    for number, name in enumerate(files):
+    names = chain.from_iterable([file] if isinstance(file, str) else file for file in files)
+    for number, name in enumerate(names):
         with xopen(name, "rb", download_config=access) as opened, ParquetFile(opened, pre_buffer=True) as file:
             largest = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
             for group in range(file.num_row_groups):
