@@ -94,7 +94,7 @@ class CodebookQuantizer(Quantizer):
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         # taken, then normalised: of a large codebook a batch decodes few vectors
         vectors = self.comparable(self.stored_vectors_of(codes.flatten()))
-        return vectors.view(*codes.shape, -1).permute(0, 3, 1, 2)
+        return vectors.view(*codes.shape, -1).movedim(-1, 1)
 
 
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
