@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ class FolderSource:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.file_name(index))
+        # (Not as a Path: Python keeps a table of all parts of paths that there were, in each worker.)
+        return os.path.join(self.title, self.files[index])
 
     def file_name(self, index: int) -> str:
         return self.files[index]
@@ -77,10 +79,11 @@ class FolderSource:
         return f"{len(self.files)} images, names {names[:16]}"
 
     def stored(self, index: int) -> bytes:
-        return (self.folder / self.files[index]).read_bytes()
+        with open(self.name(index), "rb") as file:
+            return file.read()
 
     def open(self, index: int) -> Image.Image:
-        return decode_image(self.folder / self.files[index])
+        return decode_image(self.name(index))
 
 
 def _split_folder(root: Path, split: str, key: str) -> Path:
