@@ -28,7 +28,8 @@ def vectors(number: int = 2500, dim: int = 5) -> Tensor:
     return torch.randn(number, dim, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_nearest_other_code_is_found_across_blocks() -> None:
+def test_the_nearest_other_code_is_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqgan_accel.evaluation.codebook.MAX_DISTANCES", 2500 * 700)
     codes = vectors()
     codes[2200] = codes[7]  # an exact copy, in another block
     distances, nearest = nearest_others(codes)
@@ -37,6 +38,24 @@ def test_the_nearest_other_code_is_found_across_blocks() -> None:
     assert np.array_equal(nearest.numpy(), expected.argmin(1))
     np.testing.assert_allclose(distances.numpy(), expected.min(1), rtol=1e-5)
     assert distances[7] == distances[2200] == 0 and nearest[7] == 2200
+
+
+@pytest.mark.parametrize("kind", ["far away", "in pairs", "of unit length", "of many sizes"])
+def test_the_nearest_other_code_is_that_of_the_differences_however_much_cancels(kind: str) -> None:
+    codes = vectors(600, 32)
+    if kind == "far away":
+        codes += 1000
+    elif kind == "in pairs":
+        codes[300:] = codes[:300] * (1 + 2e-7)
+    elif kind == "of unit length":
+        codes = torch.nn.functional.normalize(codes, dim=1)
+    else:
+        codes *= torch.logspace(-6, 4, 600)[:, None]
+    distances, nearest = nearest_others(codes)
+    exact = codes.double()
+    expected = (exact[:, None] - exact[None]).norm(dim=2).fill_diagonal_(torch.inf).min(1)
+    assert torch.equal(nearest, expected.indices)
+    torch.testing.assert_close(distances.double(), expected.values, rtol=1e-6, atol=0)
 
 
 def test_principal_components_are_those_of_scikit_learn() -> None:

@@ -598,3 +598,13 @@ def test_a_recipe_plans_the_published_run_on_eight_processes(name):
     assert plan.learning_rate_at(plan.total_steps) == pytest.approx(plan.learning_rate / 10)
     has_discriminator = "vqgan" in name and "noDisc" not in name
     assert plan.discriminator_start == (5004 if has_discriminator else None)
+
+
+def test_gumbel_logits_of_more_weights_than_a_gpu_holds_name_the_key(tmp_path):
+    many = ("quantizer.type=gumbel", f"quantizer.num_codes={2**18}")
+    sentence = sentence_of(MINIMAL, tmp_path, *many)
+    assert (
+        "num_codes x num_codes = 68,719,476,736 weights" in sentence and "set quantizer.hidden_channels, to" in sentence
+    )
+    assert parse_config({"training": {"max_steps": 1}}, [*many, "quantizer.hidden_channels=256"])
+    assert parse_config({"training": {"max_steps": 1}}, [many[0], f"quantizer.num_codes={2**15}"])

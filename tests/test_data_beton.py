@@ -6,6 +6,7 @@ import gzip
 import pickle
 import shutil
 import sys
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def test_the_allocation_table_is_found_by_pointer_and_not_by_order(tmp_path: Pat
     content[table:] = records[::-1].tobytes()
     source = BetonSource(written(tmp_path, content), "train")
     assert np.array_equal(np.asarray(source.open(2)), np.asarray(original(2)))
+
+
+def test_to_find_an_image_takes_no_copy_of_the_allocation_table(tmp_path: Path, mode: str) -> None:
+    """Beside a number of another type numpy would convert all of it, for each image."""
+    source = BetonSource(written(tmp_path, golden(mode)), "train")
+    before = source.stored(0)
+    many = 100_000
+    source.pointers = np.append(source.pointers, int(source.pointers[-1]) + np.arange(1, many, dtype=np.uint64))
+    source.sizes = np.append(source.sizes, np.ones(many - 1, np.uint64))
+    tracemalloc.start()
+    try:
+        assert source.stored(0) == before
+        assert tracemalloc.get_traced_memory()[1] < many  # bytes; a copy would take eight times as many
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_missing_file_is_told_with_those_that_there_are(tmp_path: Path) -> None:

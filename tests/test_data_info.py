@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from images import noise, truncate
@@ -82,9 +83,24 @@ def test_every_split_and_backend_is_told_of(images: Path, tmp_path: Path, monkey
     assert "test        1 images, 0 of them broken" in lines
     rates = {line.split()[0]: line for line in lines[-4:]}
     assert rates.keys() == {"folder", "hub", "ffcv", "beton"}
-    assert all(rates[backend].endswith(" images/s") for backend in ("folder", "hub"))
+    assert rates["folder"].endswith(" images/s")
+    assert "these are image files, for backend folder" in rates["hub"]
     assert all("cannot read it: no train.beton" in rates[backend] for backend in ("ffcv", "beton"))
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["test.png", "train.png"]
+
+
+def test_image_files_are_not_handed_to_datasets_unless_the_config_says_so(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "RATE_SECONDS", 0.05)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for backend in ("folder", "auto"):
+        data_info(DataConfig(path=str(images), image_size=16, workers=0, backend=backend), tmp_path / "output")
+        assert not (tmp_path / "cache").exists() and "NOTE" not in capsys.readouterr().err
+    lines = data_info(DataConfig(path=str(images), image_size=16, workers=0, backend="hub"), tmp_path / "output")
+    assert next(line for line in lines if line.startswith("  hub")).endswith(" images/s")
+    said = capsys.readouterr().err
+    assert f"NOTE: data.path {images} is a folder of image files" in said and "data.backend=folder (or auto)" in said
 
 
 def test_a_backend_that_cannot_read_the_data_says_why(images: Path) -> None:

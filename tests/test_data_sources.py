@@ -16,6 +16,7 @@ from images import noise, write_images
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.hub import HubSource
+from vqgan_accel.data.listing import EXTENSIONS
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.sources import SOURCES
@@ -111,8 +112,8 @@ def test_a_missing_root_a_missing_split_and_an_empty_folder_say_what_would_be_ri
     with pytest.raises(ValueError) as error:
         open_source(config(tmp_path / "images", train_split="empty"), "train")
     assert sentence(error) == (
-        f"no images below {tmp_path}/images/empty; put files there that end in .png, .jpg, .jpeg, .bmp, .webp "
-        "(any letter case)"
+        f"no images below {tmp_path}/images/empty; put files there that end in "
+        f"{', '.join(EXTENSIONS)} (any letter case)"
     )
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ from tiny import tiny_config
 from vqgan_accel.config import DataConfig, save_config
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.crops import evaluation_view
+from vqgan_accel.data.hub import image_rows
 from vqgan_accel.data.lanes import Lane, StreamOrder, lanes_of
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader, training_order
 from vqgan_accel.data.stream import MAX_ROWS, StreamSource
@@ -236,7 +239,80 @@ def test_evaluation_shows_each_row_once_over_all_processes(parquet: Path) -> Non
 
 
 def test_lanes_are_the_largest_divisor_of_a_round_that_the_shards_allow() -> None:
-    assert [lanes_of(*pair) for pair in ((1, 8), (3, 8), (4, 8), (100, 8), (1000, 256), (7, 6))] == [1, 2, 4, 8, 64, 6]
+    found = [lanes_of(*pair, 1) for pair in ((1, 8), (3, 8), (4, 8), (100, 8), (1000, 256), (7, 6))]
+    assert found == [1, 2, 4, 8, 64, 6]
+
+
+def test_lanes_are_a_multiple_of_the_processes_and_no_others_where_they_were_before() -> None:
+    cases = ((48, 768, 48), (96, 768, 96), (128, 1024, 128), (1024, 4096, 1024), (3, 96, 48))
+    for processes, round_size, lanes in cases:
+        assert lanes_of(10_000, round_size, processes) == lanes
+    for round_size in (8, 60, 256, 768, 1000):
+        for shards in (4, 7, 64, 10_000):
+            alone = lanes_of(shards, round_size, 1)
+            for processes in range(1, min(shards, round_size) + 1):
+                if round_size % processes == 0:
+                    lanes = lanes_of(shards, round_size, processes)
+                    assert lanes % processes == round_size % lanes == 0 and lanes <= shards
+                    assert lanes == alone if alone % processes == 0 else lanes <= max(64, processes)
+
+
+class Numbers:
+    """As much of a StreamSource as the lanes ask for: of each shard, rows that are numbered."""
+
+    title = "numbers"
+
+    def __init__(self, num_shards: int, rows: int) -> None:
+        self.num_shards = num_shards
+        cells = [{"bytes": bytes([row]), "path": None} for row in range(rows)]
+        self.rows = datasets.Dataset.from_dict({"image": cells}).to_iterable_dataset()
+
+    def shard(self, number: int) -> Any:
+        return self.rows.shard(num_shards=1, index=0)
+
+    def cells(self, number: int, shard: Any) -> Iterator[dict[str, Any]]:
+        return (row["image"] for row in shard)
+
+
+def numbers_read(
+    source: Any, processes: int, start: int, end: int, states: dict[str, Any] | None, images: int = 192
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Of each step, the numbers of a round's images in order; and the lanes' states after it."""
+    parts, after = [], {}
+    for process in range(processes):
+        order = StreamOrder(source, SEED, images, 1, process, processes, start, end, 400, states)
+        parts.append([[row.number for row in rows] for rows in order._rounds()])
+        after |= order.states_at(end)
+    return [np.array(round).T.flatten().tolist() for round in zip(*parts, strict=True)], after
+
+
+@pytest.mark.parametrize("processes", [48, 96])
+def test_any_number_of_processes_reads_what_those_that_divide_its_lanes_read(processes: int) -> None:
+    source = Numbers(200, 6)
+    _, begun = numbers_read(source, processes, 0, 0, None)  # how many lanes there are is decided at the beginning
+    assert len(begun) == lanes_of(200, 192, processes)
+    whole, ended = numbers_read(source, processes, 0, 5, None)
+    assert sum(map(len, whole)) == len({number for round in whole for number in round}) == 5 * 192
+    for others in (1, 3, processes):
+        first, states = numbers_read(source, others, 0, 2, begun)
+        second, states = numbers_read(source, processes // 2, 2, 5, states)
+        assert first + second == whole and states == ended
+
+
+def test_a_run_of_an_earlier_version_keeps_the_lanes_of_its_checkpoint(parquet: Path) -> None:
+    """Whatever a run of this version would begin with."""
+    source = source_of(parquet)
+    lanes = {number: Lane(source, SEED, number, 2, 200) for number in range(2)}
+    rows = {number: iter(lane) for number, lane in lanes.items()}
+    read = [[next(rows[sample % 2]).number for sample in range(8)] for _ in range(6)]
+    again = {number: Lane(source, SEED, number, 2, 200) for number in range(2)}
+    for lane in again.values():
+        list(islice(iter(lane), 12))
+    states = {str(number): lane.state_at(12) for number, lane in again.items()}
+    assert lanes_of(source.num_shards, 8, 1) == 4
+    for processes in (1, 2):
+        found, _ = numbers_read(source, processes, 3, 6, states, images=8)
+        assert found == read[3:]
 
 
 # ---- where the rows lie
@@ -292,6 +368,46 @@ def test_whatever_the_format_both_ways_of_reading_give_the_same_images(tmp_path:
         assert sorted(found) == expected
 
 
+def uneven_parquet(folder: Path, bytes_of_a_row: int) -> Path:
+    """Row groups of 4, 7, 0, 2 and 5 rows."""
+    folder.mkdir()
+    rows = iter([{"bytes": bytes([row]) * bytes_of_a_row, "path": f"{row}"} for row in range(18)])
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "other": pa.int64()})
+    with pq.ParquetWriter(folder / "train.parquet", schema) as writer:
+        for number in (4, 7, 0, 2, 5):
+            cells = list(islice(rows, number))
+            writer.write_table(pa.table({"image": cells, "other": [1] * number}, schema), row_group_size=100)
+    return folder
+
+
+def test_a_row_group_at_a_time_gives_the_rows_and_the_places_of_the_library_itself(tmp_path: Path) -> None:
+    """A run of an earlier version stands where the library said that it does."""
+    path = uneven_parquet(tmp_path / "data", 3)
+    ours = source_of(path)
+    builder = datasets.load_dataset_builder("parquet", data_files={"rows": [str(path / "train.parquet")]})
+    theirs = image_rows(builder.as_streaming_dataset(split="rows"), "image", "")
+    mine, places = ours.shard(0), []
+    for row, other in zip(mine, theirs, strict=True):
+        assert row == other
+        assert mine.state_dict() == theirs.state_dict()
+        places.append(theirs.state_dict())
+    assert len(places) == 18
+    for number, place in enumerate(places):
+        later = ours.shard(0)
+        later.load_state_dict(place)
+        assert [row["image"]["path"] for row in later] == [str(row) for row in range(number + 1, 18)]
+
+
+def test_of_an_open_parquet_file_one_row_group_is_in_memory(tmp_path: Path) -> None:
+    size = 2**20
+    source = source_of(uneven_parquet(tmp_path / "data", size))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in source.shard(0):
+        time.sleep(0.01)  # in which Arrow's threads could read on
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 3 * 7 * size  # as stored, as read, as a table
+
+
 def test_auto_finds_the_backend_and_streams(tmp_path: Path) -> None:
     assert isinstance(source_of(tars(tmp_path / "data"), backend="auto", image_column="png"), StreamSource)
 
@@ -319,11 +435,17 @@ def test_a_broken_row_stops_the_run_or_is_replaced_and_counted(tmp_path: Path, w
     assert sum(batch["skipped"] for batch in evaluated) == 1
 
 
-def test_too_few_shards_for_the_processes_and_other_lanes_are_told(parquet: Path) -> None:
-    with pytest.raises(ValueError, match=r"4 shards, which are read in 4 lanes .*8 processes do not divide that"):
+def test_too_few_shards_for_the_processes_and_lanes_that_do_not_fit_are_told(parquet: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 shards, fewer than the 8 processes.* at least 8 files, use at most 4 "):
         batches(parquet, (8, 1, 0, 8, 0, 2))
-    with pytest.raises(ValueError, match=r"stream has 2 lanes and this run's 4; resume with the same data"):
-        batches(parquet, states={"0": {}, "1": {}})
+    two, five = ({str(lane): {} for lane in range(number)} for number in (2, 5))
+    assert batches(parquet, (8, 1, 0, 2, 0, 2), two)
+    with pytest.raises(ValueError, match=r"stream is read in 5 lanes, and .* has 4 shards; resume with the same data"):
+        batches(parquet, states=five)
+    with pytest.raises(ValueError, match=r"2 lanes, which do not divide the 3 images of a round; .* multiple of 2"):
+        batches(parquet, (3, 1, 0, 1, 0, 2), two)
+    with pytest.raises(ValueError, match=r"2 lanes, which 4 processes cannot share out; resume on 1, 2 processes"):
+        batches(parquet, (8, 1, 0, 4, 0, 2), two)
 
 
 def test_shards_without_rows_are_told(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vqgan_accel.models.quantizers import (
     StandardQuantizer,
     base,
 )
-from vqgan_accel.models.quantizers.base import nearest_codes
+from vqgan_accel.models.quantizers.base import gather_codes, nearest_codes
 from vqgan_accel.models.quantizers.entropy import LOG_EPS
 from vqgan_accel.models.quantizers.gumbel import gumbel_noise
 
@@ -249,6 +249,24 @@ def test_codes_to_latents_gives_what_eval_mode_decodes_from(name: str) -> None:
     quantizer = build(name).eval()
     output = quantizer(random_latents(quantizer))
     torch.testing.assert_close(quantizer.codes_to_latents(output.codes), output.quantized, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimension", [1, 3, 8, 256])
+@pytest.mark.parametrize("l2_normalize", [False, True])
+def test_codes_are_decoded_to_the_bits_of_the_whole_codebook(dimension: int, l2_normalize: bool) -> None:
+    """Though only those that are asked for are divided and normalised."""
+    generator = torch.Generator().manual_seed(0)
+    ema = EMAQuantizer(300, dimension, 0.25, 0.99, 1e-5, l2_normalize)
+    ema.counts.copy_(torch.rand(300, generator=generator) * 5)
+    ema.sums.copy_(torch.randn(300, dimension, generator=generator))
+    standard = StandardQuantizer(300, dimension, 0.25, l2_normalize)
+    standard.codebook.data.copy_(ema.sums)
+    for quantizer in (ema, standard):
+        for shape in ((1, 1, 1), (2, 5, 7), (1, 40, 40)):
+            codes = torch.randint(300, shape, generator=generator)
+            expected = gather_codes(quantizer.codebook_vectors(), codes)
+            found = quantizer.codes_to_latents(codes)
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
 @each_quantizer

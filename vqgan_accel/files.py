@@ -20,12 +20,12 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 ASK_AGAIN = 1.0  # seconds between two tries to get it
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new, never a part, also after a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file holds the old content or the new, never a part, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

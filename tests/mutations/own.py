@@ -1518,8 +1518,8 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/base.py",
-        "return gather_codes(self.codebook_vectors(), codes)",
-        "return gather_codes(self.stored_vectors(), codes)",
+        "vectors = self.comparable(self.stored_vectors_of(codes.flatten()))",
+        "vectors = self.stored_vectors_of(codes.flatten())",
         "decode takes codes of any length",
     ),
     Mutant(

@@ -18,7 +18,8 @@ class DataConfig(Section):
     )
     path: str | None = Field(
         None,
-        description="folder of images or betons, local data set, or (hub) its name on the Hugging Face hub",
+        description="folder of images or betons, local data set, or (hub) its name on the Hugging Face hub, or the URL "
+        "of its parquet files or tars, as s3://BUCKET/FOLDER",
     )
     subset: str | None = Field(None, description="hub: the configuration's name, for data sets that have several")
     revision: str | None = Field(None, description="hub: branch, tag or commit of the data set")

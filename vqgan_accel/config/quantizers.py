@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vqgan_accel.models.quantizers.base import Quantizer
 
 
+MOST_LOGIT_WEIGHTS = 2**31  # 8 GiB, and three times as much for gradients and moments
+
+
 class CodebookConfig(QuantizerSection):
     num_codes: int = Field(1024, ge=2, description="K, the size of the codebook")
     embedding_dim: int = Field(256, ge=1, description="D, the numbers in a code's vector")
@@ -109,7 +112,7 @@ class GumbelQuantizerConfig(CodebookConfig):
         None,
         ge=1,
         description="what the encoder emits, before a 1x1 convolution to one logit per code; null: num_codes, as the "
-        "original trainer has it",
+        "original trainer has it, for up to 46,340 codes",
     )
     straight_through: Learning[bool] = Field(False, description="hard one-hot forward, soft gradient")
     temperature_start: Learning[float] = Field(
@@ -128,6 +131,11 @@ class GumbelQuantizerConfig(CodebookConfig):
     def _one_form(self) -> GumbelQuantizerConfig:
         if self.hidden_channels == self.num_codes:  # equal layouts are to be equal
             object.__setattr__(self, "hidden_channels", None)
+        if self.hidden_channels is None and self.num_codes**2 > MOST_LOGIT_WEIGHTS:
+            raise ValueError(
+                f"hidden_channels null makes the logits of {self.num_codes} codes by num_codes x num_codes = "
+                f"{self.num_codes**2:,} weights, more than a GPU holds; set quantizer.hidden_channels, to 256 say"
+            )
         return self
 
     def build(self) -> Quantizer:

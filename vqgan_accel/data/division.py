@@ -5,25 +5,27 @@ that it is the same on every machine, and that images which come later move none
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vqgan_accel.data.names import Names
 from vqgan_accel.data.source import ImageSource, Labels
 
 Group = Literal["file", "folder"]
 
 
 def divided(
-    whole: ImageSource, names: list[str], fraction: float, group: Group, side: Literal["train", "validation"]
+    whole: ImageSource, names: Sequence[str], fraction: float, group: Group, side: Literal["train", "validation"]
 ) -> Part:
     """One side of `whole`, whose images have these `names`, in its order.
 
     ValueError where either side would be empty.
     """
-    places = np.array([place_of(name, group) for name in names])  # (N,)
+    places = np.fromiter((place_of(name, group) for name in names), np.float64, len(names))
     if not (places < fraction).any():
         raise ValueError(_too_far(whole, fraction, group, "validation", f"more than {places.min():.6f}"))
     if not (places >= fraction).any():
@@ -62,9 +64,9 @@ class Part:
     def file_name(self, index: int) -> str:
         return self.whole.file_name(int(self.indices[index]))
 
-    def stored_names(self) -> list[str] | None:
+    def stored_names(self) -> Names | None:
         names = self.whole.stored_names()
-        return names and [names[index] for index in self.indices]
+        return None if names is None else Names.of(names[index] for index in self.indices)
 
     def labels(self) -> Labels | None:
         labels = self.whole.labels()

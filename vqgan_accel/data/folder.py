@@ -10,13 +10,18 @@ import numpy as np
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
-from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, listed, nearest_name
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+from vqgan_accel.data.listing import EXTENSIONS, image_files
+from vqgan_accel.data.names import Names
+from vqgan_accel.data.source import Labels, MissingSplitError, decode_image, is_url, listed, nearest_name
 
 
 def open_split(config: DataConfig, split: str, key: str) -> FolderSource:
     """See data/sources.py."""
+    if is_url(str(config.path)):
+        raise ValueError(
+            f"data.path {config.path} is a URL; set data.backend=hub, which reads parquet files and tars there, or "
+            "give a folder of images"
+        )
     return FolderSource(Path(str(config.path)).expanduser(), split, key, config.label_column)
 
 
@@ -42,12 +47,13 @@ class FolderSource:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.file_name(index))
+        # (Not as a Path: Python keeps a table of all parts of paths that there were, in each worker.)
+        return os.path.join(self.title, self.files[index])
 
     def file_name(self, index: int) -> str:
         return self.files[index]
 
-    def stored_names(self) -> list[str]:
+    def stored_names(self) -> Names:
         """(N,) As file_name has them."""
         return self.files
 
@@ -58,22 +64,26 @@ class FolderSource:
                 f"data.label_column {self.label_column} is for data sets and betons; the classes of a folder of images "
                 "are its folders: set it to null"
             )
-        folders = [file.split("/")[0] if "/" in file else None for file in self.files]
-        names = sorted({folder for folder in folders if folder is not None})
-        if None in folders:
-            return None
-        numbers = {name: number for number, name in enumerate(names)}
-        return Labels(np.array([numbers[str(folder)] for folder in folders], np.int64), names)
+        found: dict[str, int] = {}  # class -> the how manieth that was met
+        met = np.empty(len(self), np.int64)
+        for index, file in enumerate(self.files):
+            folder, slash, _ = file.partition("/")
+            if not slash:
+                return None
+            met[index] = found.setdefault(folder, len(found))
+        names = sorted(found)
+        return Labels(np.argsort([found[name] for name in names])[met], names)
 
     def fingerprint(self) -> str:
-        names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
+        names = hashlib.sha256(self.files.joined()).hexdigest()
         return f"{len(self.files)} images, names {names[:16]}"
 
     def stored(self, index: int) -> bytes:
-        return (self.folder / self.files[index]).read_bytes()
+        with open(self.name(index), "rb") as file:
+            return file.read()
 
     def open(self, index: int) -> Image.Image:
-        return decode_image(self.folder / self.files[index])
+        return decode_image(self.name(index))
 
 
 def _split_folder(root: Path, split: str, key: str) -> Path:
@@ -106,34 +116,3 @@ def require_outside(output: Path, folder: Path, key: str) -> None:
             f"{key} {output} lies among the images of {folder}, and the pictures written there would be taken for some "
             "of them; give a folder elsewhere"
         )
-
-
-def image_files(folder: Path) -> list[str]:
-    """Relative posix paths, sorted. A folder that several links lead to is read once, so that loops end."""
-    files: list[str] = []
-    read: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        status = os.stat(folder / prefix)
-        if (status.st_dev, status.st_ino) in read:
-            continue
-        read.add((status.st_dev, status.st_ino))
-        subfolders = []
-        with os.scandir(folder / prefix) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    subfolders.append(f"{prefix}{entry.name}/")
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    files.append(prefix + entry.name)
-        pending += sorted(subfolders, reverse=True)  # which of two links is read must not depend on the file system
-    return sorted(files)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: not a folder; named as a broken image if it looks like one
-        return False

@@ -1,5 +1,5 @@
-"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, arrow, webdataset's tars, an image folder) or by
-name from the hub.
+"""Images from Hugging Face `datasets`: on disk (save_to_disk, parquet, arrow, webdataset's tars, an image folder), by
+name from the hub, or (parquet, arrow, tars) by URL from object storage.
 
 The library stores and finds the rows; decoding stays with us, so that a broken row can be named and images are
 treated alike wherever they come from.
@@ -10,10 +10,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
@@ -25,6 +26,9 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.names import Names
+from vqgan_accel.data.parquet import read_by_row_groups
+from vqgan_accel.data.remote import remote_files
 from vqgan_accel.data.source import (
     DEFAULT_LABEL,
     STORES,
@@ -33,6 +37,7 @@ from vqgan_accel.data.source import (
     decode_image,
     in_utf8,
     is_stored_dataset,
+    is_url,
     listed,
     nearest_name,
     stores,
@@ -77,7 +82,7 @@ class HubSource:
     def file_name(self, index: int) -> str:
         return f"row {index}"
 
-    def stored_names(self) -> list[str]:
+    def stored_names(self) -> Names:
         """(N,) The path that is stored with each image, or 'row i'. What this machine's folders are called is left out
         of it."""
         roots = (
@@ -85,10 +90,15 @@ class HubSource:
             datasets.config.HF_DATASETS_CACHE,
             huggingface_hub.constants.HF_HUB_CACHE,
         )
-        names = pc.struct_field(self.rows.with_format("arrow")[:][self.column], "path").to_pylist()
-        for root in roots:
-            names = [name and name.removeprefix(f"{root}/") for name in names]
-        return [name or f"row {index}" for index, name in enumerate(names)]
+        paths = pc.struct_field(self.rows.with_format("arrow")[:][self.column], "path")
+        stored = (path for chunk in paths.chunks for path in chunk.to_pylist())
+
+        def own(path: str | None) -> str | None:
+            for root in roots:
+                path = path and path.removeprefix(f"{root}/")
+            return path
+
+        return Names.of(own(path) or f"row {index}" for index, path in enumerate(stored))
 
     def labels(self) -> Labels | None:
         column = self.label_column or DEFAULT_LABEL
@@ -143,12 +153,22 @@ def stored_bytes(cell: dict[str, Any] | None) -> bytes:
 def load_rows(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
     """The data set `config.path`: a datasets.Dataset, or an IterableDataset where streaming."""
     path = Path(str(config.path)).expanduser()
-    if not path.exists():
+    remote = is_url(str(config.path))
+    if not remote and not path.exists():
         return _load_from_hub(config, split, key, streaming)
     if config.subset or config.revision:
-        raise ValueError(f"data.path {path} is local; unset data.subset and data.revision, which are the hub's")
-    # an image folder's files are all looked at, which takes minutes for a million of them
-    with _locally(bars=path.is_dir() and not is_stored_dataset(path) and process_index() == 0):
+        where = f"{config.path} is a URL" if remote else f"{path} is local"
+        raise ValueError(f"data.path {where}; unset data.subset and data.revision, which are the hub's")
+    if remote:
+        return _load_files(*remote_files(str(config.path)), str(config.path), split, key, streaming)
+    as_files = path.is_dir() and not is_stored_dataset(path) and process_index() == 0
+    if as_files:
+        print(
+            f"NOTE: data.path {path} is a folder of image files, of which `datasets` looks at each before it begins: "
+            "minutes for a million, and nearly as long the next time; data.backend=folder (or auto) lists them at once",
+            file=sys.stderr,
+        )
+    with _locally(bars=as_files):
         return _load_local(path, split, key, streaming)
 
 
@@ -171,16 +191,25 @@ def _load_local(path: Path, split: str, key: str, streaming: bool) -> Any:
         name = base if re.fullmatch(r"\w+(\.\w+)*", base) else "rows"  # it has no splits named "." or "my album"
         own = {name: f"{glob.escape(str(path / base))}/**"}
         return _built(path, name + slice_, key, streaming, "imagefolder", data_files=own)
-    folders = {file: file.parent.name for file in files if file.parent not in (path, path.parent)}
+    return _load_files(path, {file: str(file) for file in files}, path, split, key, streaming)
+
+
+def _load_files(
+    root: PurePath, files: Mapping[PurePath, str], path: Path | str, split: str, key: str, streaming: bool
+) -> Any:
+    """Of the files of many images at `root`, each with what `datasets` opens, those of the split."""
+    base, slice_ = _base_and_slice(split)
+    folders = {file: file.parent.name for file in files if file.parent not in (root, root.parent)}
     chosen = [
-        glob.escape(str(file))
-        for file in files
+        glob.escape(name)
+        for file, name in files.items()
         if re.match(rf"{re.escape(base)}(?![a-zA-Z])", file.stem) or folders.get(file) == base
     ]
     if not chosen:
         names = {re.split("[-_.]", file.stem)[0] for file in files} | set(folders.values())
         _require_split(split, base, names, path, key)
-    return _built(path, "rows" + slice_, key, streaming, STORES[files[0].suffix], data_files={"rows": chosen})
+    kind = STORES[next(iter(files)).suffix]
+    return _built(path, "rows" + slice_, key, streaming, kind, data_files={"rows": chosen})
 
 
 def _load_from_hub(config: DataConfig, split: str, key: str, streaming: bool) -> Any:
@@ -197,6 +226,7 @@ def _built(path: Path | str, split: str, key: str, streaming: bool, *arguments: 
     _require_split(split, _base_and_slice(split)[0], builder.info.splits or builder.config.data_files, path, key)
     with _one_sentence(path):
         if streaming:
+            read_by_row_groups(builder)
             return builder.as_streaming_dataset(split=split)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)

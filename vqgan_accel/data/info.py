@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.content import content_hash, content_sum
 from vqgan_accel.data.crops import evaluation_view
-from vqgan_accel.data.opening import open_indexed, require_apart, require_reader, training_loader
+from vqgan_accel.data.opening import backend_of, open_indexed, require_apart, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.sources import SOURCES
@@ -86,8 +86,13 @@ def data_info(config: DataConfig, output: Path, with_hash: bool = False) -> list
             rest += [f"hash {content_hash(content_sum(source, config.workers))}"]
         lines += [f"{split:<12}{first}", *(f"{'':<12}{line}" for line in rest)]
     lines.append(f"training views of {config.image_size} px on one process")
+    as_files = backend_of(config.model_copy(update={"backend": "auto"})) == "folder"
     for backend in SOURCES:
-        lines.append(f"  {backend:<10}{decode_rate(config.model_copy(update={'backend': backend}))}")
+        if as_files and backend == "hub" != config.backend:
+            rate = "these are image files, for backend folder: `datasets` would first look at each and keep a list"
+        else:
+            rate = decode_rate(config.model_copy(update={"backend": backend}))
+        lines.append(f"  {backend:<10}{rate}")
     return lines
 
 

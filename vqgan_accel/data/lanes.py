@@ -3,8 +3,9 @@
 A stream's files (shards) are dealt out to lanes, and a process reads the lanes that its samples come from. What a lane
 gives depends on neither the number of processes nor that of workers: its files in an order by (seed, lane, pass), their
 rows in blocks that are shuffled by (seed, lane, pass, block). Sample m of an accumulation round comes from lane
-m mod L, so that P processes train what one trains wherever P divides the number of lanes L. A checkpoint keeps where
-the current block of each lane begins, as `datasets` tells it; a resumed run reads that block again, not all before it.
+m mod L, so that P processes train what one trains wherever P divides the number of lanes L. A run keeps the lanes that
+it began with (`lanes_of`). A checkpoint keeps where the current block of each lane begins, as `datasets` tells it; a
+resumed run reads that block again, not all before it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vqgan_accel.data.background import ahead
 from vqgan_accel.data.stream import MAX_ROWS, Row, StreamSource
 from vqgan_accel.randomness import STREAM_BLOCK, STREAM_ORDER, generator
 
-MAX_LANES = 64  # each is a file that is open at the same time
+MAX_LANES = 64  # unless there are more processes: each is a file that is open at the same time
 
 
 class Mark(NamedTuple):
@@ -145,7 +146,8 @@ class Lane:
 class StreamOrder:
     """A batch sampler: one process's micro-batches of the steps start_step .. total_steps - 1, with their rows.
 
-    ValueError where there are too few shards for the processes, or where `states` are of another number of lanes.
+    ValueError where there are fewer shards than processes, or where the lanes of `states` fit neither the data nor the
+    batch nor the processes.
     """
 
     def __init__(
@@ -162,18 +164,10 @@ class StreamOrder:
         states: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.round_size = total_batch_size // num_rounds
-        self.num_lanes = lanes_of(source.num_shards, self.round_size)
-        if self.num_lanes % num_processes:
-            raise ValueError(
-                f"{source.title} has {source.num_shards} shards, which are read in {self.num_lanes} lanes (the largest "
-                f"divisor of the {self.round_size} images of a round up to {MAX_LANES}), and {num_processes} processes "
-                "do not divide that; write the data in more files, or set data.streaming=false"
-            )
-        if states and states.keys() != {str(lane) for lane in range(self.num_lanes)}:
-            raise ValueError(
-                f"the checkpoint's stream has {len(states)} lanes and this run's {self.num_lanes}; resume with the "
-                "same data, training.total_batch_size and training.gradient_accumulation_steps"
-            )
+        if states:
+            self.num_lanes = lanes_to_go_on_with(source, states, self.round_size, num_processes)
+        else:
+            self.num_lanes = lanes_to_begin_with(source, self.round_size, num_processes)
         self.process_index = process_index
         self.num_processes = num_processes
         self.num_rounds = num_rounds
@@ -206,6 +200,40 @@ class StreamOrder:
         return {str(number): lane.state_at(lane.start + given) for number, lane in self.lanes.items()}
 
 
-def lanes_of(num_shards: int, round_size: int) -> int:
-    """The largest divisor of `round_size` that is no more than the shards."""
-    return max(lanes for lanes in range(1, min(num_shards, MAX_LANES) + 1) if round_size % lanes == 0)
+def lanes_of(num_shards: int, round_size: int, num_processes: int) -> int:
+    """The largest divisor of `round_size` that is a multiple of the processes and no more than the shards and, where
+    there are no more processes than that, MAX_LANES. `num_processes` divides `round_size` and is no more than the
+    shards."""
+    most = min(num_shards, max(MAX_LANES, num_processes))
+    return max(lanes for lanes in range(num_processes, most + 1, num_processes) if round_size % lanes == 0)
+
+
+def lanes_to_begin_with(source: StreamSource, round_size: int, num_processes: int) -> int:
+    if source.num_shards < num_processes:
+        raise ValueError(
+            f"{source.title} has {source.num_shards} shards, fewer than the {num_processes} processes, and no two "
+            f"processes read the same file; write the data in at least {num_processes} files, use at most "
+            f"{source.num_shards} processes, or set data.streaming=false"
+        )
+    return lanes_of(source.num_shards, round_size, num_processes)
+
+
+def lanes_to_go_on_with(
+    source: StreamSource, states: dict[str, dict[str, Any]], round_size: int, num_processes: int
+) -> int:
+    """Those that the run began with, on however many processes that was."""
+    lanes = len(states)
+    read = f"the checkpoint's stream is read in {lanes} lanes"
+    if lanes > source.num_shards or states.keys() != {str(lane) for lane in range(lanes)}:
+        raise ValueError(f"{read}, and {source.title} has {source.num_shards} shards; resume with the same data")
+    if round_size % lanes:
+        raise ValueError(
+            f"{read}, which do not divide the {round_size} images of a round; resume with training.total_batch_size / "
+            f"training.gradient_accumulation_steps a multiple of {lanes}"
+        )
+    if lanes % num_processes:
+        fitting = [str(number) for number in range(1, lanes + 1) if lanes % number == 0]
+        raise ValueError(
+            f"{read}, which {num_processes} processes cannot share out; resume on {', '.join(fitting)} processes"
+        )
+    return lanes

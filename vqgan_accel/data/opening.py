@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -182,7 +182,7 @@ def evaluation_loader(
 def views_loader(
     source: ImageSource,
     config: DataConfig,
-    batches: Sequence[list[int]],
+    batches: Iterable[list[int]],
     views: Callable[[Image.Image, int], list[Tensor]],
     pin_memory: bool,
 ) -> ImageLoader:

@@ -55,7 +55,7 @@ class ImageSource(Protocol):
     def file_name(self, index: int) -> str:
         """What tells the image from others of its split: a relative path, or 'row i'."""
 
-    def stored_names(self) -> list[str] | None:
+    def stored_names(self) -> Sequence[str] | None:
         """(N,) What data.validation_fraction goes by; None where the data set keeps no names."""
 
     def labels(self) -> Labels | None:
@@ -81,6 +81,10 @@ def decode_image(file: str | Path | BytesIO) -> Image.Image:
 def is_stored_dataset(folder: Path) -> bool:
     """Whether the `datasets` library wrote it (save_to_disk), or it holds files of many images."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or bool(stores(folder))
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
 
 
 def stores(folder: Path) -> list[Path]:

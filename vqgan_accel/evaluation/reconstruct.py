@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from vqgan_accel.compat import accelerator_device
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
-from vqgan_accel.data.folder import EXTENSIONS, image_files, require_outside
+from vqgan_accel.data.folder import require_outside
+from vqgan_accel.data.listing import EXTENSIONS, image_files
 from vqgan_accel.data.source import decode_image
 from vqgan_accel.data.transforms import to_rgb
 from vqgan_accel.data.views import reason_of, to_float

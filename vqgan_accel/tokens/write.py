@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -115,17 +115,19 @@ def write_shards(
     """Encode the images of these shards, one shard after another."""
     files, device, source = shard_files(output, manifest), accelerator.device, job.source
     size, batch = manifest["shard_images"], batch_images(job.config, job.views)
-    batches = {number: shard_batches(number, size, len(source), batch) for number in numbers}
-    wanted = [images for shard in batches.values() for images in shard]
+    shards = {number: range(number * size, min((number + 1) * size, len(source))) for number in numbers}
+    # made when they are asked for: as lists all of them are half a gigabyte of 14 million images
+    wanted = (images for shard in shards.values() for images in batches_of(shard, batch))
     crop = PROTOCOLS[job.config.evaluation.protocol].crop
     views, pin_memory = partial(views_of, crop=crop, kind=job.views), device.type == "cuda"
     loader = views_loader(source, job.config.data, wanted, views, pin_memory)
     job.tokenizer.to(device)
-    bar = tqdm(total=sum(map(len, wanted)), unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    total = sum(map(len, shards.values()))
+    bar = tqdm(total=total, unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True)
     with bar, closing(iter(loader)) as loaded:
-        for number, shard in batches.items():
+        for number, shard in shards.items():
             codes, indices = [], []
-            for images in shard:
+            for images in batches_of(shard, batch):
                 loaded_batch = next(loaded)
                 codes.append(codes_of(job.tokenizer, loaded_batch, device))
                 indices.append(loaded_batch["index"])
@@ -140,10 +142,9 @@ def batch_images(config: Config, views: str) -> int:
     return max(1, config.evaluation.batch_size // len(VIEWS[views]))
 
 
-def shard_batches(number: int, size: int, num_images: int, batch: int) -> list[list[int]]:
-    """The images of a shard. No batch reaches over its end: how many are encoded together may decide a code's tie."""
-    images = range(number * size, min((number + 1) * size, num_images))
-    return [list(images[start : start + batch]) for start in range(0, len(images), batch)]
+def batches_of(shard: range, batch: int) -> Iterator[list[int]]:
+    """Its images. No batch reaches over the shard's end: how many are encoded together may decide a code's tie."""
+    return (list(shard[start : start + batch]) for start in range(0, len(shard), batch))
 
 
 def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> Tensor:

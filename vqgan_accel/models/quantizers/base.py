@@ -72,6 +72,10 @@ class CodebookQuantizer(Quantizer):
         """(K, D) float32, of any length"""
         raise NotImplementedError
 
+    def stored_vectors_of(self, codes: Tensor) -> Tensor:
+        """codes (N,) -> their stored vectors (N, D)"""
+        return nn.functional.embedding(codes, self.stored_vectors())
+
     def codebook_vectors(self) -> Tensor:
         """(K, D) float32, as they are compared and decoded"""
         return self.comparable(self.stored_vectors())
@@ -88,7 +92,9 @@ class CodebookQuantizer(Quantizer):
         return nearest_codes(self.comparable(latents), self.codebook_vectors())
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
-        return gather_codes(self.codebook_vectors(), codes)
+        # taken, then normalised: of a large codebook a batch decodes few vectors
+        vectors = self.comparable(self.stored_vectors_of(codes.flatten()))
+        return vectors.view(*codes.shape, -1).movedim(-1, 1)
 
 
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:

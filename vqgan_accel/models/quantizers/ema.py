@@ -59,6 +59,9 @@ class EMAQuantizer(CodebookQuantizer):
     def stored_vectors(self) -> Tensor:
         return self.sums / smoothed_counts(self.counts, self.epsilon)[:, None]
 
+    def stored_vectors_of(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.sums) / smoothed_counts(self.counts, self.epsilon)[codes, None]
+
     def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         latents, codebook = self.comparable(latents), self.codebook_vectors()
         codes = nearest_codes(latents, codebook)

@@ -1,0 +1,36 @@
+"""benchmarks/scale.py: what grows with the number of images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scale
+
+
+def test_growth_is_the_last_column_over_the_one_before_it() -> None:
+    found = {10: {"a": 1.0, "b": 2.0}, 100: {"a": 10.0, "b": 2.0, "c": 5.0}}
+    _, a, b, c = (line.split() for line in scale.table(found).splitlines())
+    assert (a, b, c) == (["a", "1", "10", "10.0"], ["b", "2", "2", "1.0"], ["c", "5"])
+
+
+def test_memory_is_what_the_system_says_of_a_process() -> None:
+    before = scale.megabytes(os.getpid(), "Pss")
+    held = bytearray(os.urandom(1024)) * (50 * 1024)
+    assert 45 < scale.megabytes(os.getpid(), "Pss") - before < 60
+    assert scale.megabytes(os.getpid(), *scale.KINDS) >= len(held) / 2**20
+
+
+@pytest.mark.slow
+def test_every_part_says_its_numbers(tmp_path: Path) -> None:
+    """Of 2,000 images, which are no burden."""
+    command = [sys.executable, scale.__file__, "--images", "2000", "--workers", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()[2:]
+    numbers = {line[:54].strip(): float(line[54:]) for line in lines[1:]}
+    assert len(numbers) == 17 and all(number >= 0 for name, number in numbers.items() if ", s" in name)
+    assert numbers["a worker's own memory, MB more after an epoch"] < 30
