@@ -29,13 +29,8 @@ from torchvision.transforms.functional import gaussian_blur, normalize
 
 from vqgan_accel.config import METRIC_RESULTS, EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.data.views import to_float
-from vqgan_accel.evaluation.metrics import (
-    Metrics,
-    MobileNetFrechetFeatures,
-    codebook_usage,
-    inception_frechet,
-    perplexity,
-)
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
+from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.losses.perceptual import MobileNetDistance
 from vqgan_accel.models.weights import state_hash
 

@@ -193,6 +193,9 @@ def _one_type(annotation: Any) -> str:
         return _either(get_args(annotation))
     if get_origin(annotation) is tuple:
         members = get_args(annotation)
+        marks = getattr(members[0], "__metadata__", ())
+        if names_of := [mark.names for mark in marks if isinstance(mark, OneOf)]:
+            return f"list: {_either(names_of[0])}"
         if members[-1] is Ellipsis:
             return f"list: {_plural(_one_type(_plain(members[0])))}"
         return f"list of {len(members)} {_plural(_one_type(_plain(members[0])))}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, Metric
+from vqgan_accel.config import UNITS, Config, Metric
 from vqgan_accel.data.crops import CROPS
 from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
 from vqgan_accel.data.protocols import PROTOCOLS
@@ -27,7 +27,8 @@ from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
-from vqgan_accel.evaluation.metrics import Metrics, codebook_usage, perplexity
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
+from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import write_json
 from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.precision import ieee_float32
@@ -80,7 +81,7 @@ def evaluate_tokenizer(
             continue
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode_own(codes)
-        metrics.update(images, reconstructions, codes)
+        metrics.update(images, reconstructions, codes, batch["index"], tokenizer)
         for row, position in enumerate(batch["index"].tolist()):
             if position < grid_images:
                 shown[0, position], shown[1, position] = images[row].cpu(), reconstructions[row].cpu()
@@ -227,9 +228,6 @@ def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[s
 def fingerprint(protocol: dict[str, Any]) -> str:
     """16 hex digits of sha256 over the canonical JSON."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-
-
-UNITS = {"psnr": "dB", "psnr_per_image": "dB", "codebook_usage": "%"}
 
 
 def table(report: dict[str, Any], output: Path) -> str:
