@@ -41,7 +41,7 @@ from vqgan_accel.training.loop import train
 REPOSITORY = Path(__file__).parent.parent
 STANDARD = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8)
 METRICS: tuple[Metric, ...] = ("l2", "psnr", "ssim", "codebook")
-RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage"]
+RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"]
 CPU = torch.device("cpu")
 # SSIM is a mean of values up to 1 that cancel: here -0.0097, of which older torch moves 4e-8 with the batch size
 SSIM = 1e-7
@@ -135,6 +135,8 @@ def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
         "ssim": pytest.approx(np.mean(ssim), abs=2e-5),
         "perplexity": np.exp(-(p * np.log(p)).sum()),
         "codebook_usage": 100 * len(p) / 16,
+        "bits_per_token": -(p * np.log2(p)).sum(),
+        "bits_per_pixel": -(p * np.log2(p)).sum() * codes[0].numel() / SIZE**2,
     }
     assert list(report["results"]) == RESULTS == list(expected)
     for name, value in expected.items():
@@ -303,7 +305,7 @@ def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path
     weights = WeightFiles(squeezenet=str(tmp_path / "squeezenet.pth"))
     metrics = Metrics(["lpips"], 16, EvaluationConfig(lpips_network="squeeze"), weights, CPU)
     assert protocol["feature_networks_sha256"] == metrics.network_hashes()
-    assert list(report["results"]) == ["lpips", "perplexity", "codebook_usage"]
+    assert list(report["results"]) == ["lpips", *RESULTS[4:]]
 
 
 def test_results_go_beside_the_runs_config_or_into_the_tokenizers_folder_or_where_they_are_wanted(
@@ -589,7 +591,7 @@ class SmallFeatures(nn.Module):
 
     num_features = 4
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: WeightFiles | None = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.weight = nn.Parameter(torch.randn(12, 4, generator=generator), requires_grad=False)
@@ -601,7 +603,7 @@ class SmallFeatures(nn.Module):
 @pytest.fixture(scope="module")
 def small_features() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vqgan_accel.evaluation.metrics.MobileNetFrechetFeatures", SmallFeatures)
+        patch.setattr("vqgan_accel.evaluation.networks.mobilenet_features", SmallFeatures)
         yield
 
 
@@ -660,11 +662,11 @@ TURNS = """
 import json, sys
 from pathlib import Path
 import torch.distributed as dist
-import vqgan_accel.evaluation.metrics as metrics
+import vqgan_accel.evaluation.networks as networks
 from test_evaluation import SmallFeatures
 from vqgan_accel.distributed import leaving_process_group
 from vqgan_accel.evaluation.evaluate import evaluate
-metrics.MobileNetFrechetFeatures = SmallFeatures
+networks.mobilenet_features = SmallFeatures
 folder = Path(sys.argv[1])
 calls = json.loads((folder / "calls.json").read_text())
 with leaving_process_group():
@@ -726,7 +728,7 @@ def test_three_processes_give_the_results_of_one_on_each_of_them(
 ) -> None:
     (path, settings, output), reports = three[case]
     one = evaluate(path, overrides=settings, output=here)
-    assert list(one["results"]) == [*RESULTS, "fd_mobilenet"]
+    assert list(one["results"]) == [*RESULTS, "fd_mobilenet", "fd_mobilenet_std"]
     for report in reports:
         assert report == reports[0]
         assert_same_report(report, one)

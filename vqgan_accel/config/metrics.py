@@ -37,10 +37,10 @@ METRICS: dict[str, MetricEntry] = {  # docs/evaluation.md defines each
     "psnr": MetricEntry(f"{_MEASURES}.pixels.PSNR", {"psnr": DECIBEL, "psnr_per_image": DECIBEL}),
     "ssim": MetricEntry(f"{_MEASURES}.pixels.SSIM", {"ssim": HIGHER}, smallest=11),  # its window
     "ms_ssim": MetricEntry(f"{_MEASURES}.pixels.MSSSIM", {"ms_ssim": HIGHER}, smallest=161),  # halved four times
-    "lpips": MetricEntry(f"{_MEASURES}.pairs.LPIPS", {"lpips": LOWER}, smallest=32),  # its backbone's poolings
-    "lpips_vgg": MetricEntry(f"{_MEASURES}.pairs.LPIPSVGG", {"lpips_vgg": LOWER}, smallest=32),
-    "lpips_alex": MetricEntry(f"{_MEASURES}.pairs.LPIPSAlex", {"lpips_alex": LOWER}, smallest=32),
-    "lpips_squeeze": MetricEntry(f"{_MEASURES}.pairs.LPIPSSqueeze", {"lpips_squeeze": LOWER}, smallest=32),
+    "lpips": MetricEntry(f"{_MEASURES}.pairs.LPIPS", {"lpips": LOWER}),
+    "lpips_vgg": MetricEntry(f"{_MEASURES}.pairs.LPIPSVGG", {"lpips_vgg": LOWER}),
+    "lpips_alex": MetricEntry(f"{_MEASURES}.pairs.LPIPSAlex", {"lpips_alex": LOWER}),
+    "lpips_squeeze": MetricEntry(f"{_MEASURES}.pairs.LPIPSSqueeze", {"lpips_squeeze": LOWER}),
     "mobilenet_distance": MetricEntry(f"{_MEASURES}.pairs.MobileNet", {"mobilenet_distance": LOWER}),
     "efficientnet_distance": MetricEntry(f"{_MEASURES}.pairs.EfficientNet", {"efficientnet_distance": LOWER}),
     "rfid": MetricEntry(f"{_MEASURES}.frechet.RFID", _with_std("rfid", LOWER)),

@@ -33,6 +33,7 @@ from vqgan_accel.models.tokenizer import ImageTokenizer
 
 TABLE = "reconstructions.csv"
 OVERLAP = 64  # pixels that neighbouring tiles share, faded from one to the other
+LPIPS_SIDE = 32  # pixels of the shorter side that its backbones can pool
 GAP = 4  # white pixels between original and reconstruction
 
 
@@ -73,7 +74,7 @@ def reconstruct(
     bits = math.log2(tokenizer.quantizer.num_codes)
     measures = {  # before anything is made, for they may lack their networks' weights
         able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)
-        for able in {able_at(side, metrics) for side in (1, *(METRICS[name].smallest for name in metrics))}
+        for able in {able_at(side, metrics) for side in (1, *map(smallest, metrics))}
     }
     rows: list[dict[str, Any]] = []
     with written_as_a_whole(output) as partial:
@@ -99,7 +100,12 @@ def reconstruct(
 
 def able_at(side: int, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Those that can be formed of an image whose shorter side has `side` pixels."""
-    return tuple(metric for metric in metrics if side >= METRICS[metric].smallest)
+    return tuple(metric for metric in metrics if side >= smallest(metric))
+
+
+def smallest(metric: Metric) -> int:
+    """Pixels of the shorter side."""
+    return LPIPS_SIDE if metric.startswith("lpips") else METRICS[metric].smallest
 
 
 def named_images(inputs: Sequence[Path]) -> dict[str, Path]:

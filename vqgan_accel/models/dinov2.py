@@ -1,6 +1,5 @@
 """DINOv2's ViT-L/14 (Oquab et al. 2023, arXiv 2304.07193): the class token of uint8 images, seen as torch-fidelity's
-extractor sees them, with the names of the published weights. Written out here, for the authors' own comes as code that a
-download executes.
+extractor sees them, with the names of the published weights. The authors' own code is a download that is executed.
 """
 
 from __future__ import annotations
