@@ -232,6 +232,15 @@ def test_psnr_and_ssim_are_what_the_authors_scripts_print() -> None:
     expected = np.mean([structural_similarity(a, b, data_range=2.0, channel_axis=0) for a, b in both])
     assert found["ssim"] == pytest.approx(expected, abs=1e-5)
 
+    # LightningDiT: evaluate_tokenizer.py
+    levels = [torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8).float() for x in (images, made)]
+    errors = [torch.mean((a - b) ** 2) for a, b in zip(*levels, strict=True)]
+    found = measure("lightningdit", images, made)
+    expected = np.mean([20 * torch.log10(255.0 / torch.sqrt(error)).item() for error in errors])
+    assert found["psnr_per_image"] == pytest.approx(expected, abs=1e-4)
+    expected = structural_similarity_index_measure(made, images, data_range=(-1.0, 1.0)).item()
+    assert found["ssim"] == pytest.approx(expected, abs=1e-5)
+
     # SEED-Voken: evaluation_image.py, of images as its data/base.py makes them
     images32 = torch.from_numpy((stored.numpy() / 127.5 - 1.0).astype(np.float32))
     restored, truth = (((x + 1) / 2 * 255.0).to(torch.uint8).numpy().astype(np.float32) / 255 for x in (made, images32))

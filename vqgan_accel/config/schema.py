@@ -32,6 +32,16 @@ class EvaluationConfig(Section):
     pfid_rate: float = Field(0.5, ge=0, le=1, description="of the metric pfid: the share of codes that are exchanged")
     pfid_neighbours: int = Field(100, ge=1, description="for one of how many codes that are nearest to each")
     batch_size: int = Field(32, ge=1, description="images per process, also in validations, tokenize and codebook")
+    reference: str | None = Field(
+        None,
+        description="what Frechet distances, KID, precision and recall compare reconstructions with: null: the split's "
+        "own images; else what data.path may be, or an .npz file of statistics or samples",
+    )
+    save_reconstructions: Literal["npz", "png"] | None = Field(
+        None,
+        description="evaluate also writes all reconstructions, for other evaluators: reconstructions.npz with arr_0, "
+        "as ADM's takes it, or PNGs in reconstructions/",
+    )
     grid_images: int = Field(8, ge=0, description="originals over reconstructions in the picture")
 
 

@@ -18,16 +18,22 @@ class Protocol(NamedTuple):
 
     crop: Crop
     levels: Levels  # how pixels become 8 bits
-    eight_bit: bool  # whether l2, psnr and ssim see those; else they see the network's own output, and the exact image
+    eight_bit_psnr: bool  # whether l2 and psnr see those; else they see the network's own output, and the exact image
+    eight_bit_ssim: bool
     ssim: Ssim
 
 
 # evaluation.protocol -> what it is. docs/evaluation.md says which code each was read from.
 PROTOCOLS = {
-    "ours": Protocol("square", "round", False, "gaussian"),
-    "adm": Protocol("adm", "half_up", True, "uniform_range_2"),  # LlamaGen: reconstruction_vq_ddp.py
-    "titok": Protocol("bicubic", "round", True, "gaussian"),  # 1d-tokenizer: webdataset_reader.py, train_utils.py
-    "maskbit": Protocol("bilinear", "truncate", False, "gaussian"),  # webdataset_reader.py, evaluator.py
-    "taming": Protocol("opencv", "truncate_both", True, "uniform"),  # SEED-Voken: data/imagenet.py, evaluation_image.py
-    "lightningdit": Protocol("tensor", "half_up", True, "gaussian_signed"),  # evaluate_tokenizer.py
+    "ours": Protocol("square", "round", False, False, "gaussian"),
+    # guided-diffusion's crop; the rest is LlamaGen's reconstruction_vq_ddp.py
+    "adm": Protocol("adm", "half_up", True, True, "uniform_range_2"),
+    # 1d-tokenizer: webdataset_reader.py, train_utils.py
+    "titok": Protocol("bicubic", "round", True, True, "gaussian"),
+    # webdataset_reader.py, evaluator.py
+    "maskbit": Protocol("bilinear", "truncate", False, False, "gaussian"),
+    # SEED-Voken: data/imagenet.py, evaluation_image.py
+    "taming": Protocol("opencv", "truncate_both", True, True, "uniform"),
+    # evaluate_tokenizer.py
+    "lightningdit": Protocol("tensor", "half_up", True, False, "gaussian_signed"),
 }

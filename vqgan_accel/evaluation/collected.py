@@ -28,6 +28,13 @@ class Moments:
         return sum_over_processes(self.sums)
 
 
+def sums_of(mean: Tensor, covariance: Tensor) -> Tensor:
+    """(1, D + 1, D + 1): what Moments would hold of two images with this mean and this covariance."""
+    total = 2 * mean
+    squares = covariance + torch.outer(total, mean)
+    return torch.cat([torch.cat([squares, total[None]]), torch.cat([total, total.new_tensor([2])])[:, None]], 1)[None]
+
+
 class Samples:
     """The features themselves, on every process those of all images."""
 

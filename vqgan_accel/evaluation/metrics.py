@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Metrics:
         ]
         self.needs = list(dict.fromkeys(need for measure in self.measures for need in measure.needs))
         self.known: dict[Need, Tensor] = {}  # of the images: a reference, or what the last evaluation collected
-        self.reference = False  # whether that is a reference
+        self.reference: dict[str, Any] | None = None  # where that is a reference: what it is, for the protocol
         self.reset()
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class Metrics:
 
     @torch.no_grad()
     def update_reference(self, images: Tensor, positions: Tensor) -> None:
-        """Take in images that reconstructions are compared with in place of their own. See `close_reference`."""
+        """Take in images that reconstructions are compared with in place of their own. See `collected_reference`."""
         if not len(images):
             return
         none = torch.empty(0, dtype=torch.int64, device=images.device)
@@ -78,13 +79,14 @@ class Metrics:
             if need.side is real:
                 collected.add(seen.features(need.network, real), seen.positions)
 
-    def close_reference(self) -> None:
-        """What `update_reference` took in is the reference from now on; every process calls it."""
+    def collected_reference(self) -> dict[Need, Tensor]:
+        """What `update_reference` took in; every process calls it."""
         reduced = {need: one.reduced() for need, one in self.collecting.items() if need.side is real}
-        self.set_reference({need: as_given(need, value) for need, value in reduced.items()})
+        return {need: as_given(need, value) for need, value in reduced.items()}
 
-    def set_reference(self, known: dict[Need, Tensor]) -> None:
-        self.known, self.reference = known, True
+    def set_reference(self, known: dict[Need, Tensor], what: dict[str, Any]) -> None:
+        """Compare with `known`, of every need of the images, from now on."""
+        self.known, self.reference = known, what
         self.reset()
 
     def compute(self) -> dict[str, float]:
@@ -126,7 +128,7 @@ class Metrics:
 
     def reset(self, same_images: bool = False) -> None:
         """same_images: the next ones are those of the evaluation before: what was collected of them is kept."""
-        if not (same_images or self.reference):
+        if not (same_images or self.reference is not None):
             self.known = {}
         self.codebook.reset()
         for measure in self.measures:

@@ -49,21 +49,24 @@ LEVELS: dict[Levels, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
 
 
 class Pixels(NamedTuple):
-    """Of a batch, (B, 3, H, W) each: originals and reconstructions."""
+    """Of a batch of originals and of their reconstructions, (B, 3, H, W)."""
 
-    x: Tensor  # in [0, 1], for l2, psnr and ssim
+    x: Tensor  # in [-1, 1]
     y: Tensor
     x_levels: Tensor  # uint8, for feature networks that count
     y_levels: Tensor
+
+    def seen(self, eight_bit: bool) -> tuple[Tensor, Tensor]:
+        """In [0, 1], float64."""
+        if eight_bit:
+            return self.x_levels.double() / 255, self.y_levels.double() / 255
+        return (self.x.double() + 1) / 2, (self.y.double() + 1) / 2
 
 
 def pixels_of(protocol: Protocol, images: Tensor, reconstructions: Tensor) -> Pixels:
     """Both (B, 3, H, W) in [-1, 1]."""
     of_originals, of_reconstructions = LEVELS[protocol.levels]
-    x_levels, y_levels = of_originals(images), of_reconstructions(reconstructions)
-    if protocol.eight_bit:
-        return Pixels(x_levels.double() / 255, y_levels.double() / 255, x_levels, y_levels)
-    return Pixels((images.double() + 1) / 2, (reconstructions.double() + 1) / 2, x_levels, y_levels)
+    return Pixels(images, reconstructions, of_originals(images), of_reconstructions(reconstructions))
 
 
 # ---- SSIM

@@ -14,7 +14,8 @@ MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
 
 
 def mse_of_images(seen: Seen) -> Tensor:
-    return (seen.pixels.x - seen.pixels.y).square().mean((1, 2, 3))
+    x, y = seen.pixels.seen(seen.protocol.eight_bit_psnr)
+    return (x - y).square().mean((1, 2, 3))
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -47,15 +48,14 @@ class PSNR(Measure):
 
 class SSIM(MeanOverImages):
     def of_images(self, seen: Seen) -> Tensor:
-        return ssim(seen.pixels.x, seen.pixels.y, SSIM_RULES[seen.protocol.ssim])
+        return ssim(*seen.pixels.seen(seen.protocol.eight_bit_ssim), SSIM_RULES[seen.protocol.ssim])
 
 
 class MSSSIM(MeanOverImages):
     """Wang et al. 2003, "Multi-scale structural similarity for image quality assessment", with its five weights."""
 
     def of_images(self, seen: Seen) -> Tensor:
-        pairs = zip(seen.pixels.x.split(1), seen.pixels.y.split(1), strict=True)  # or a batch would take gigabytes
-        values = [
-            multiscale_structural_similarity_index_measure(y.double(), x.double(), data_range=1.0) for x, y in pairs
-        ]
+        x, y = seen.pixels.seen(seen.protocol.eight_bit_ssim)
+        pairs = zip(x.split(1), y.split(1), strict=True)  # or a batch would take gigabytes
+        values = [multiscale_structural_similarity_index_measure(made, image, data_range=1.0) for image, made in pairs]
         return torch.stack(values)
