@@ -27,7 +27,7 @@ from torch.distributed.run import main as torchrun
 from torchvision import models as tv
 
 from vqgan_accel.cli import main
-from vqgan_accel.config import EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
+from vqgan_accel.config import METRIC_RESULTS, EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
 from vqgan_accel.data.crops import CROPS
 from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import Batch, to_float
@@ -273,6 +273,8 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
         "images_hash": protocol["images_hash"],
         "metrics": list(METRICS),
         "lpips_network": None,
+        "pfid": None,
+        "reference": None,
         "feature_networks_sha256": {},
         "torchmetrics": protocol["torchmetrics"],
     }
@@ -596,6 +598,8 @@ class SmallFeatures(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.weight = nn.Parameter(torch.randn(12, 4, generator=generator), requires_grad=False)
+        self.fc = nn.Linear(4, 5, bias=False)
+        self.fc.weight = nn.Parameter(torch.randn(5, 4, generator=generator), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1) @ self.weight
@@ -604,7 +608,8 @@ class SmallFeatures(nn.Module):
 @pytest.fixture(scope="module")
 def small_features() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vqgan_accel.evaluation.networks.mobilenet_features", SmallFeatures)
+        for network in ("mobilenet_features", "inception"):
+            patch.setattr(f"vqgan_accel.evaluation.networks.{network}", SmallFeatures)
         yield
 
 
@@ -667,7 +672,7 @@ import vqgan_accel.evaluation.networks as networks
 from test_evaluation import SmallFeatures
 from vqgan_accel.distributed import leaving_process_group
 from vqgan_accel.evaluation.evaluate import evaluate
-networks.mobilenet_features = SmallFeatures
+networks.mobilenet_features = networks.inception = SmallFeatures
 folder = Path(sys.argv[1])
 calls = json.loads((folder / "calls.json").read_text())
 with leaving_process_group():
@@ -697,7 +702,9 @@ def launched(number: int, calls: list[Arguments], folder: Path) -> list[list[dic
     return [t["reports"] for t in told]
 
 
-ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet")
+INCEPTION: tuple[Metric, ...] = ("rfid", "pfid", "kid", "inception_score")  # precision and recall need 4 images
+ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet", *INCEPTION)
+PFID = ["evaluation.pfid_neighbours=4"]
 CASES = ("7 images", "2 images", "7 images, of which the second process can read none", "no grid")
 
 
@@ -712,10 +719,10 @@ def three(
     for index in (1, 4):
         (holes / "validation" / f"00{index}.png").write_bytes(b"no image")
     settings = [
-        overrides(seven, metrics=ALL),
-        overrides(folder / "2", metrics=ALL),
-        overrides(holes, "data.on_error=skip", metrics=ALL),
-        overrides(seven, "evaluation.grid_images=0", metrics=ALL),
+        overrides(seven, *PFID, metrics=(*ALL, "precision_recall")),
+        overrides(folder / "2", *PFID, metrics=ALL),
+        overrides(holes, *PFID, "data.on_error=skip", metrics=ALL),
+        overrides(seven, *PFID, "evaluation.grid_images=0", metrics=ALL),
     ]
     calls = [(saved, values, folder / f"case {index}") for index, values in enumerate(settings)]
     by_rank = launched(3, calls, folder)
@@ -729,7 +736,7 @@ def test_three_processes_give_the_results_of_one_on_each_of_them(
 ) -> None:
     (path, settings, output), reports = three[case]
     one = evaluate(path, overrides=settings, output=here)
-    assert list(one["results"]) == [*RESULTS, "fd_mobilenet", "fd_mobilenet_std"]
+    assert list(one["results"]) == [result for name in one["protocol"]["metrics"] for result in METRIC_RESULTS[name]]
     for report in reports:
         assert report == reports[0]
         assert_same_report(report, one)

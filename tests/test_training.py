@@ -521,7 +521,7 @@ def test_best_leads_to_the_best_validation_of_each_metric_and_of_equals_to_the_f
     training = {"validation_metrics": measured, "best_metric": metric, "validate_every": "1 step", "max_steps": 6}
     training |= {"checkpoint_every": "1 step", "keep_checkpoints": 1}
     smallest = max(METRICS[name].smallest for name in measured)
-    data = {"image_size": 164 if smallest > SIZE else SIZE}
+    data = {"image_size": 176 if smallest > SIZE else SIZE}
     run = train(tiny_config(tmp_path, training=training, data=data))
     assert (run / "checkpoints" / "best").resolve().name == f"step_{BEST_STEP[metric]:08}"
     assert [path.name for path in checkpoints(run)] == [f"step_{step:08}" for step in (BEST_STEP[metric], 6)]

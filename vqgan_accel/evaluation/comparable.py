@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -14,22 +14,19 @@ from vqgan_accel.data.crops import CROPS
 from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.evaluation.metrics import Metrics
 
-if TYPE_CHECKING:
-    from vqgan_accel.evaluation.evaluate import Evaluation
-
 ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
 
 
-def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:
+def protocol(config: Config, num_images: int, images_hash: str, metrics: Metrics) -> dict[str, Any]:
     """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are
     equal."""
     settings, rules = config.evaluation, PROTOCOLS[config.evaluation.protocol]
     return pictures_protocol(config) | {
-        "num_images": evaluation.num_images,
+        "num_images": num_images,
         "psnr_in_8_bits": rules.eight_bit_psnr,
         "ssim_in_8_bits": rules.eight_bit_ssim,
         "ssim": rules.ssim,
-        "images_hash": evaluation.pixels_hash,
+        "images_hash": images_hash,
         "reference": metrics.reference,
         "metrics": list(metrics.names),
         "lpips_network": settings.lpips_network if "lpips" in metrics.names else None,

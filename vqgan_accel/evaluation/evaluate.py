@@ -144,7 +144,8 @@ def evaluate(
         evaluation = evaluate_tokenizer(
             tokenizer.to(device), bar, metrics, device, size, grid, hash_pixels=True, kept=kept
         )
-    report = report_of(evaluation, opened, protocol(config, evaluation, metrics))
+    rules = protocol(config, evaluation.num_images, evaluation.pixels_hash, metrics)
+    report = report_of(evaluation, opened, rules)
     if accelerator.is_main_process:
         write_json(output / EVALUATION_RESULTS, report)
         save_pictures(evaluation, output, grid=grid > 0)

@@ -73,7 +73,7 @@ class Validation:
                 same_images=self.protocol is not None,
             )
         if self.protocol is None:
-            self.protocol = protocol(self.config, evaluation, self.metrics)
+            self.protocol = protocol(self.config, evaluation.num_images, evaluation.pixels_hash, self.metrics)
         return evaluation
 
     def record(self, run: Path, step: int, evaluation: Evaluation) -> Image.Image | None:
