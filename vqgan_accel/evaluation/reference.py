@@ -86,7 +86,7 @@ def from_file(
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files if name != "arr_0"}
             samples = arrays["arr_0"] if "arr_0" in arrays.files else None
-    except (ValueError, OSError) as error:  # of something else, or of Python objects
+    except Exception as error:  # on a file of something else, or of Python objects, numpy raises nearly every type
         raise ValueError(f"{KEY}: {file} is not an .npz file of plain arrays ({error})") from None
     if "protocol" in found:
         require_same_protocol(file, json.loads(str(found["protocol"])), config, metrics, wanted)

