@@ -55,16 +55,16 @@ WHEELS = {  # for a driver whose newest CUDA is of that major version (https://p
 
 def doctor_lines(weights: WeightFiles) -> list[str]:
     """Nothing is downloaded to find out: a missing weight file is one that its first use would download."""
-    lines = [f"python           {platform.python_version()} on {platform.machine()}"]
+    lines = [f"python             {platform.python_version()} on {platform.machine()}"]
     tested = version_bounds()
-    lines += [f"{name:<17}{package_line(name, _version(name), tested.get(name))}" for name in CORE]
-    lines.append(f"devices          {_devices()}")
-    lines.append(f"bf16             {_bf16()}")
+    lines += [f"{name:<19}{package_line(name, _version(name), tested.get(name))}" for name in CORE]
+    lines.append(f"devices            {_devices()}")
+    lines.append(f"bf16               {_bf16()}")
     for package, (extra, use) in EXTRAS.items():
         found = _version(package)
-        lines.append(f"{package:<17}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
+        lines.append(f"{package:<19}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
     for name, use in USES.items():
-        lines.append(f"{name:<17}{_weights(name, getattr(weights, name), use)}")
+        lines.append(f"{name:<19}{_weights(name, getattr(weights, name), use)}")
     return lines
 
 

@@ -130,7 +130,8 @@ def _key(name: str, field: FieldInfo) -> Key:
 
 def mark_of(field: FieldInfo, kind: type[Mark]) -> Mark | None:
     """Of a field's annotation, or of a part of it where that is a union."""
-    nested = (mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ()))
+    parts = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+    nested = (mark for part in parts for mark in getattr(part, "__metadata__", ()))
     return next((mark for mark in (*field.metadata, *nested) if isinstance(mark, kind)), None)
 
 
