@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_tokenizer
 from PIL import Image
 from tiny import write_images
+from torchvision import models as tv
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import StandardQuantizerConfig
@@ -106,11 +107,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_writes_numbers_and_a_grid(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["probe", str(made / "tokenizer"), "--tokens", str(made / "tokens"), "--steps", "3", "--samples", "9"]
-    assert main([*command, "--output", str(tmp_path / "out"), "evaluation.metrics=[psnr]"]) == 0
+    torch.save(tv.mobilenet_v2(weights=None).state_dict(), tmp_path / "mobilenet_v2.pth")
+    asked = ["evaluation.metrics=[psnr, fd_mobilenet]", f"weights.mobilenet_v2={tmp_path / 'mobilenet_v2.pth'}"]
+    assert main([*command, "--output", str(tmp_path / "out"), *asked]) == 0
     found = json.loads((tmp_path / "out" / "probe.json").read_text())
     settings = found.pop("settings")
     assert settings["images"] == 40 - 40 // HELD_OUT and settings["steps"] == 3
     assert set(found) == {
+        "sample_fd_mobilenet",
+        "sample_fd_mobilenet_std",
         "bits_per_token",
         "entropy",
         "bits_per_pixel",

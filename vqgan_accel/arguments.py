@@ -55,6 +55,16 @@ def _add_training(parsers: Subparsers) -> None:
         "--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run, or DATA_SPLIT)"
     )
 
+    made = _add(
+        parsers,
+        "statistics",
+        "Mean and covariance of a data set's features, for evaluation.reference; also under accelerate launch.",
+        commands.run_statistics,
+    )
+    made.add_argument("data", metavar="DATA", help="what data.path may be: a folder, a data set, a name on the hub")
+    _take_overrides(made, "data.image_size=256 evaluation.protocol=adm evaluation.split=train")
+    made.add_argument("--output", type=Path, required=True, help="a new .npz file")
+
 
 def _add_configs(parsers: Subparsers) -> None:
     new = _add(parsers, "new", "Look at pictures and machine, and write a config for them.", commands.run_new)

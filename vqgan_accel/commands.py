@@ -30,6 +30,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
         evaluate(options.path, data=options.data, output=options.output, overrides=options.overrides)
 
 
+def run_statistics(options: argparse.Namespace) -> None:
+    from vqgan_accel.distributed import leaving_process_group
+    from vqgan_accel.evaluation.reference import statistics
+
+    with leaving_process_group():
+        lines = statistics(options.data, output=options.output, overrides=options.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+
+
 def run_new(options: argparse.Namespace) -> None:
     from vqgan_accel.new import new
 

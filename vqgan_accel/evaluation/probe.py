@@ -33,7 +33,8 @@ WIDTH, LAYERS, HEADS, RANK = 192, 6, 6, 32  # 2.7 million parameters and 33 for 
 BATCH = 64  # images
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
 HELD_OUT = 10  # every tenth image
-FRECHET: tuple[Metric, ...] = ("rfid", "fd_mobilenet")  # of these the first that evaluation.metrics has
+# of these the first that evaluation.metrics has
+FRECHET: tuple[Metric, ...] = ("rfid", "fd_dinov2", "fd_efficientnet", "fd_mobilenet")
 
 
 class Codes(NamedTuple):
@@ -61,7 +62,7 @@ def probe(
     samples: images that are drawn and decoded. Results, of every tenth image, which is held out: `bits_per_token`, the
     model's cross-entropy, beside `entropy`, that of the codes' frequencies, which it has without any context;
     `bits_per_pixel`, what an image takes when it is coded by the model; a Frechet distance between decoded samples and
-    decoded held-out codes, of the network that evaluation.metrics names (sample_rfid, sample_fd_mobilenet), from 2
+    decoded held-out codes, of the network that evaluation.metrics names (sample_rfid, sample_rfid_std, ...), from 2
     samples on; with labels `label_accuracy` (%) of a linear classifier on the mean code vector, beside
     `most_frequent_label` (%). ValueError or FileNotFoundError where the tokens are not this tokenizer's, or too few.
     """
@@ -224,8 +225,9 @@ def sample_distance(
     for start in range(0, number, BATCH):
         codes = held_out[start : min(start + BATCH, number)]
         real = decoded(tokenizer, codes, grid)
-        metrics.update(real, samples[start : start + len(codes)], codes.to(device))
-    return {f"sample_{name}": metrics.compute()[name] for name in names}
+        positions = torch.arange(start, start + len(codes))
+        metrics.update(real, samples[start : start + len(codes)], codes.to(device), positions)
+    return {f"sample_{name}": value for name, value in metrics.compute().items()}
 
 
 def label_results(tokenizer: ImageTokenizer, codes: Codes) -> dict[str, float]:

@@ -14,7 +14,8 @@ from vqgan_accel.compat import uncompiled
 from vqgan_accel.config import Config
 from vqgan_accel.data.views import Batch
 from vqgan_accel.distributed import num_processes, sum_over_processes
-from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
+from vqgan_accel.evaluation.comparable import fingerprint, protocol
+from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import naming, write_json
@@ -69,9 +70,10 @@ class Validation:
                 self.config.data.image_size,
                 self.config.evaluation.grid_images,
                 hash_pixels=self.protocol is None,
+                same_images=self.protocol is not None,
             )
         if self.protocol is None:
-            self.protocol = protocol(self.config, evaluation, self.metrics)
+            self.protocol = protocol(self.config, evaluation.num_images, evaluation.pixels_hash, self.metrics)
         return evaluation
 
     def record(self, run: Path, step: int, evaluation: Evaluation) -> Image.Image | None:
