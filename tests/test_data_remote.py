@@ -19,10 +19,10 @@ from runs import assert_same_bits, train_until
 from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.hub import HubSource
 from vqgan_accel.data.opening import backend_of, evaluation_loader, open_indexed, open_source
 from vqgan_accel.data.stream import StreamSource
-from vqgan_accel.data.transforms import evaluation_view
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training.loop import train
 

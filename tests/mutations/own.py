@@ -1618,4 +1618,56 @@ OWN = [
         '"commitment_loss": self.commitment_cost * commitment_loss.detach()',
         "the commitment loss is logged weighted",
     ),
+    Mutant(
+        "training/loop.py",
+        "if taken.stop or plan.saves_at(progress.step):",
+        "if plan.saves_at(progress.step):",
+        "a step that is stopped after is not saved",
+    ),
+    Mutant(
+        "training/loop.py",
+        "progress.validation_due = plan.validates_at(progress.step)\n",
+        "progress.validation_due = False\n",
+        "nothing is validated",
+    ),
+    Mutant(
+        "training/loop.py",
+        "        if not saved:\n            save(run)\n        stop_interrupted",
+        "        stop_interrupted",
+        "a step whose validation is stopped is not saved",
+    ),
+    Mutant(
+        "training/loop.py",
+        "decided_by_main(lambda: note_validation(run.folder, progress))",
+        "pass",
+        "a checkpoint of before the validation never hears of it",
+    ),
+    Mutant(
+        "training/validation.py",
+        "            if asked:\n                raise ValidationStopped\n",
+        "",
+        "a validation goes on to its end",
+    ),
+    Mutant(
+        "training/checkpoint.py",
+        "if (folder / VALIDATED).is_file():",
+        "if False:",
+        "a validation is done again where it was done",
+    ),
+    Mutant("data/protocols.py", 'True, False, "gaussian_signed"', 'True, True, "gaussian_signed"', "8-bit SSIM"),
+    Mutant(
+        "data/crops.py", "scale = 1 / (wanted / length)", "scale = length / wanted", "OpenCV's scale, rounded otherwise"
+    ),
+    Mutant(
+        "data/crops.py", "while min(image.size) >= 2 * size", "while min(image.size) > 2 * size", "ADM halves once less"
+    ),
+    Mutant("data/crops.py", "shares[outside] = 0", "pass", "OpenCV's border pixel with a share of what is outside"),
+    Mutant("evaluation/pixels.py", "(127.5 * images + 128)", "(127.5 * images + 127.5)", "ADM's levels, truncated"),
+    Mutant("evaluation/pixels.py", "size**2 / (size**2 - 1)", "1.0", "scikit-image's SSIM with biased variances"),
+    Mutant(
+        "evaluation/pixels.py",
+        "rows = slice(start, min(start + max(1, STRIP // width), height) + size - 1)",
+        "rows = slice(start, min(start + max(1, STRIP // width), height) + size)",
+        "strips of SSIM overlap by a row",
+    ),
 ]

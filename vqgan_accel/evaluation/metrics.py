@@ -62,7 +62,9 @@ class Metrics:
         tokenizer: for metrics that decode other codes."""
         if not len(images):
             return
-        seen = Seen(self.setting, images, reconstructions, codes, positions.to(images.device), tokenizer)
+        seen = Seen(
+            self.setting, images, reconstructions, codes, positions.to(images.device, non_blocking=True), tokenizer
+        )
         for measure in dict.fromkeys([self.codebook, *self.measures]):
             measure.update(seen)
         for need, collected in self.collecting.items():
@@ -74,7 +76,7 @@ class Metrics:
         if not len(images):
             return
         none = torch.empty(0, dtype=torch.int64, device=images.device)
-        seen = Seen(self.setting, images, images, none, positions.to(images.device), None)
+        seen = Seen(self.setting, images, images, none, positions.to(images.device, non_blocking=True), None)
         for need, collected in self.collecting.items():
             if need.side is real:
                 collected.add(seen.features(need.network, real), seen.positions)

@@ -108,7 +108,8 @@ class Mean:
 
     def add(self, values: Tensor) -> None:
         """values (B,)"""
-        self.sums += torch.stack([values.double().sum(), self.sums.new_tensor(len(values))])
+        self.sums[0] += values.double().sum()
+        self.sums[1] += len(values)
 
     def value(self) -> Tensor:
         total, number = sum_over_processes(self.sums)
