@@ -54,5 +54,5 @@ def test_every_part_says_its_numbers(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()[2:]
     numbers = {line[:54].strip(): float(line[54:]) for line in lines[1:]}
-    assert len(numbers) == 17 and all(number >= 0 for name, number in numbers.items() if ", s" in name)
+    assert len(numbers) == 16 and all(number >= 0 for name, number in numbers.items() if ", s" in name)
     assert numbers["a worker's own memory, MB more after an epoch"] < 30
