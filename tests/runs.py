@@ -72,7 +72,8 @@ class StopIn(StopRequest):
         self.run, self.step = run, step
 
     def __bool__(self) -> bool:
-        return self.run.progress.step == self.step - 1
+        progress = self.run.progress
+        return progress.step == self.step - 1 and not progress.validation_due
 
 
 def train_until(config: Config, step: int) -> None:

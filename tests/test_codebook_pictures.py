@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import EMAQuantizerConfig, GumbelQuantizerConfig, QuantizerConfig, StandardQuantizerConfig
-from vqgan_accel.data.transforms import evaluation_view
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.evaluation.codebook import nearest_others, principal_components
 from vqgan_accel.evaluation.figures import codebook_map, neighbour_histogram
 from vqgan_accel.models.quantizers import StandardQuantizer

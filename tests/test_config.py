@@ -298,7 +298,10 @@ def test_an_interpolation_that_means_nothing_is_one_sentence(value, tmp_path, mo
         (["autoencoder.channels=64", "autoencoder.channel_multipliers=[1, 0]"], ["multiplier 0", "positive multiple"]),
         (["autoencoder.channel_multipliers=[]"], ["'autoencoder.channel_multipliers'", "at least 1"]),
         (["data.image_size=250"], ["data.image_size 250", "divisible by 16", "4 levels", "channel_multipliers"]),
-        (["data.image_size=8", "autoencoder.channel_multipliers=[1]"], ["SSIM", "11 pixels", "data.image_size 8"]),
+        (
+            ["data.image_size=8", "autoencoder.channel_multipliers=[1]"],
+            ["ssim needs", "11 pixels", "data.image_size is 8"],
+        ),
         (["training.lr_warmup=101 steps"], ["lr_warmup (101 steps)", "longer than training (100 steps)"]),
         (
             ["training.lr_warmup=2 epochs", "training.max_epochs=1.5"],

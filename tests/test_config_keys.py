@@ -17,14 +17,20 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import torch
-from helpers import TAMING
-from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, write_splits
+from accelerate import Accelerator
+from helpers import TAMING, tiny_tokenizer
+from tiny import DISCRIMINATOR, QUANTIZERS, having, tiny_config, tiny_quantizer, write_splits
 
 import vqgan_accel
 from vqgan_accel.config import Config, DataConfig, EvaluationConfig, LossConfig, WeightFiles, config_keys
 from vqgan_accel.data.opening import open_source
+from vqgan_accel.evaluation.collected import Moments
 from vqgan_accel.evaluation.evaluate import evaluate
+from vqgan_accel.evaluation.measures.base import Need, Seen, Setting, real
+from vqgan_accel.evaluation.measures.perturbed import perturbed
 from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.evaluation.networks import Networks
+from vqgan_accel.evaluation.reference import open_reference
 from vqgan_accel.losses.perceptual import build_perceptual
 from vqgan_accel.models.tokenizer import TokenizerConfig
 from vqgan_accel.sections import Section, TermSection, sections_of
@@ -110,7 +116,7 @@ def train_every_kind(folder: Path) -> None:
     for kind in QUANTIZERS:
         quantizer = {"type": kind, **having(kind, reinit_every_epochs=1)}
         train(tiny_config(folder / kind, quantizer=quantizer, **(more if kind == "standard" else {})))
-    evaluate(folder / "entropy" / "run", overrides=["evaluation.split=test"])
+    evaluate(folder / "entropy" / "run", overrides=["evaluation.split=test", "evaluation.save_reconstructions=png"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
     train(tiny_config(folder / "hub", data=hub))
     train(tiny_config(folder / "taming", autoencoder=TAMING, data={"validation_fraction": 0.3}))
@@ -127,9 +133,19 @@ def read_what_a_network_connection_would(folder: Path) -> None:
     for network in ("lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_v2"):
         with pytest.raises(FileNotFoundError):
             build_perceptual(LossConfig(perceptual_network=network), weights)
-    for metric in ("lpips", "rfid", "mobilenet_distance", "fd_mobilenet"):
+    for metric in ("lpips", "rfid", "mobilenet_distance", "fd_mobilenet", "fd_efficientnet", "fd_dinov2", "pfid"):
         with pytest.raises(FileNotFoundError):
-            Metrics([metric], 2, EvaluationConfig(), weights, torch.device("cpu"))
+            Metrics([metric], 100, EvaluationConfig(), weights, torch.device("cpu"))
+    few = EvaluationConfig(pfid_neighbours=2)
+    setting = Setting(few, Networks(weights, torch.device("cpu")), 16, torch.device("cpu"))
+    images, codes = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 4, dtype=torch.int64)
+    perturbed(Seen(setting, images, images, codes, torch.arange(1), tiny_tokenizer(tiny_quantizer("standard"))))
+    reference = EvaluationConfig(reference=str(folder / "none.npz"))
+    config = Config(training={"max_steps": 1}, evaluation=reference)
+    metrics = Metrics([], 2, reference, weights, torch.device("cpu"))
+    metrics.needs = [Need("inception", real, Moments)]
+    with pytest.raises(FileNotFoundError):
+        open_reference(config, metrics, Accelerator(cpu=True))
     with pytest.raises(FileNotFoundError):
         open_source(DataConfig(backend="hub", path="nobody/nothing", subset="a", revision="b"), "train")
 

@@ -19,9 +19,10 @@ from images import noise, truncate, write_images
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader
 from vqgan_accel.data.order import TrainingOrder
-from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_view
+from vqgan_accel.data.transforms import to_rgb, training_view
 from vqgan_accel.data.views import to_float
 
 SIZE = 16

@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.folder import FolderSource
 from vqgan_accel.data.hub import HubSource
 from vqgan_accel.data.source import decode_image
-from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_crop, training_view
+from vqgan_accel.data.transforms import to_rgb, training_crop, training_view
 
 pytestmark = pytest.mark.slow
 

@@ -30,11 +30,12 @@ from tiny import tiny_config
 
 from vqgan_accel.config import DataConfig, save_config
 from vqgan_accel.data.background import ahead
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.hub import image_rows
 from vqgan_accel.data.lanes import Lane, StreamOrder, lanes_of
 from vqgan_accel.data.opening import evaluation_loader, open_source, training_loader, training_order
 from vqgan_accel.data.stream import MAX_ROWS, StreamSource
-from vqgan_accel.data.transforms import evaluation_view, training_view
+from vqgan_accel.data.transforms import training_view
 from vqgan_accel.data.views import Batch
 from vqgan_accel.interruption import TrainingInterruptedError
 from vqgan_accel.training.loop import train

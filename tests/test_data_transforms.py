@@ -13,7 +13,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from vqgan_accel.data.transforms import evaluation_view, to_rgb, training_crop, training_view
+from vqgan_accel.data.crops import evaluation_view
+from vqgan_accel.data.transforms import to_rgb, training_crop, training_view
 
 SIZES = [(64, 64), (80, 50), (40, 52), (30, 200), (7, 5)]
 

@@ -209,7 +209,7 @@ def validation_sums(folder: Path) -> tuple[list[Collective], list[int]]:
     try:
         with processes(2), on_device() as seen, open_run(config) as run:
             seen.clear()
-            run.validation.measure(run.networks.best_tokenizer)
+            run.validation.measure(run.networks.best_tokenizer, StopRequest())
             parts = run.validation.metrics.parts.values()
             return seen.collectives, [getattr(part, name).nbytes for part in parts for name in part._reductions]
     finally:
@@ -219,8 +219,9 @@ def validation_sums(folder: Path) -> tuple[list[Collective], list[int]]:
 def test_a_validation_sends_its_sums_once_and_gathers_nothing(there: There, tmp_path: Path) -> None:
     found, sizes = there(validation_sums, tmp_path)
     counted = 3 * 8  # images, skipped ones, hash
+    asked = 2 * [2 * 8]  # before each of two batches and at the end: is one of us to stop, has one of us images left?
     assert {each.name for each in found} == {"allreduce_"} and len(sizes) > 5
-    assert sorted(each.bytes for each in found if each.bytes) == sorted([*sizes, counted])
+    assert sorted(each.bytes for each in found if each.bytes) == sorted([*sizes, counted, *asked])
 
 
 def validation_waits(folder: Path, images: int) -> list[str]:
@@ -236,12 +237,12 @@ def validation_waits(folder: Path, images: int) -> list[str]:
     )
     with on_device() as seen, open_run(config) as run:
         seen.clear()
-        run.validation.measure(run.networks.best_tokenizer)
+        run.validation.measure(run.networks.best_tokenizer, StopRequest())
     reset_accelerate()
     return sorted(place.function for (_, place), number in seen.waits.items() for _ in range(number))
 
 
-def test_a_validation_waits_as_often_for_many_batches_as_for_few(there: There, tmp_path: Path) -> None:
+def test_a_validation_alone_waits_as_often_for_many_batches_as_for_few(there: There, tmp_path: Path) -> None:
     few, many = (there(validation_waits, tmp_path / str(images), images) for images in (2, 8))
     assert few == many and set(few) == {"evaluate_tokenizer", "compute", "perplexity", "codebook_usage"}
 

@@ -27,12 +27,13 @@ from torch.distributed.run import main as torchrun
 from torchvision import models as tv
 
 from vqgan_accel.cli import main
-from vqgan_accel.config import EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
-from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
+from vqgan_accel.config import METRIC_RESULTS, EvaluationConfig, Metric, StandardQuantizerConfig, WeightFiles
+from vqgan_accel.data.crops import CROPS
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import codebook_histogram
-from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics
+from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.training.loop import train
@@ -40,7 +41,7 @@ from vqgan_accel.training.loop import train
 REPOSITORY = Path(__file__).parent.parent
 STANDARD = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8)
 METRICS: tuple[Metric, ...] = ("l2", "psnr", "ssim", "codebook")
-RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage"]
+RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"]
 CPU = torch.device("cpu")
 # SSIM is a mean of values up to 1 that cancel: here -0.0097, of which older torch moves 4e-8 with the batch size
 SSIM = 1e-7
@@ -134,6 +135,8 @@ def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
         "ssim": pytest.approx(np.mean(ssim), abs=2e-5),
         "perplexity": np.exp(-(p * np.log(p)).sum()),
         "codebook_usage": 100 * len(p) / 16,
+        "bits_per_token": -(p * np.log2(p)).sum(),
+        "bits_per_pixel": -(p * np.log2(p)).sum() * codes[0].numel() / SIZE**2,
     }
     assert list(report["results"]) == RESULTS == list(expected)
     for name, value in expected.items():
@@ -260,18 +263,37 @@ def test_metrics_json_holds_the_results_and_all_that_decided_them(run: Path, her
     assert protocol == {
         "num_images": 3,
         "image_size": SIZE,
-        "crop": CROP,
-        "resize_filter": RESIZE_FILTER,
-        "pixels": PIXEL_PROTOCOL,
+        "crop": CROPS["square"].crop,
+        "resize_filter": CROPS["square"].resize_filter,
+        "levels": "round",
+        "psnr_in_8_bits": False,
+        "ssim_in_8_bits": False,
+        "ssim": "gaussian",
         "arithmetic": "float32, IEEE",
         "images_hash": protocol["images_hash"],
         "metrics": list(METRICS),
         "lpips_network": None,
+        "pfid": None,
+        "reference": None,
         "feature_networks_sha256": {},
         "torchmetrics": protocol["torchmetrics"],
     }
     assert set(report["results"]) == set(RESULTS)
     assert all(type(value) is float for value in report["results"].values())
+
+
+def test_another_laboratorys_protocol_is_another_fingerprint_with_other_pixels(run: Path, here: Path) -> None:
+    smaller = ["data.image_size=12", "evaluation.metrics=[psnr]"]  # as they are, these images need no resize
+    reports = {
+        name: evaluate(run, overrides=[f"evaluation.protocol={name}", *smaller], output=here / name)
+        for name in PROTOCOLS
+    }
+    found = {name: report["protocol"] for name, report in reports.items()}
+    assert len({report["fingerprint"] for report in reports.values()}) == len(PROTOCOLS)
+    # of 20 x 16 pixels ours and MaskBit's crop are the same, and so are ADM's and TiTok's
+    assert len({protocol["images_hash"] for protocol in found.values()}) == 4
+    assert (found["adm"]["levels"], found["adm"]["ssim"]) == ("half_up", "uniform_range_2")
+    assert found["lightningdit"]["resize_filter"] == "torch bilinear, antialiased, float32"
 
 
 def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path, here: Path, tmp_path: Path) -> None:
@@ -286,7 +308,7 @@ def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path
     weights = WeightFiles(squeezenet=str(tmp_path / "squeezenet.pth"))
     metrics = Metrics(["lpips"], 16, EvaluationConfig(lpips_network="squeeze"), weights, CPU)
     assert protocol["feature_networks_sha256"] == metrics.network_hashes()
-    assert list(report["results"]) == ["lpips", "perplexity", "codebook_usage"]
+    assert list(report["results"]) == ["lpips", *RESULTS[4:]]
 
 
 def test_results_go_beside_the_runs_config_or_into_the_tokenizers_folder_or_where_they_are_wanted(
@@ -572,10 +594,12 @@ class SmallFeatures(nn.Module):
 
     num_features = 4
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: WeightFiles | None = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.weight = nn.Parameter(torch.randn(12, 4, generator=generator), requires_grad=False)
+        self.fc = nn.Linear(4, 5, bias=False)
+        self.fc.weight = nn.Parameter(torch.randn(5, 4, generator=generator), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1) @ self.weight
@@ -584,7 +608,8 @@ class SmallFeatures(nn.Module):
 @pytest.fixture(scope="module")
 def small_features() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vqgan_accel.evaluation.metrics.MobileNetFrechetFeatures", SmallFeatures)
+        for network in ("mobilenet_features", "inception"):
+            patch.setattr(f"vqgan_accel.evaluation.networks.{network}", SmallFeatures)
         yield
 
 
@@ -643,11 +668,11 @@ TURNS = """
 import json, sys
 from pathlib import Path
 import torch.distributed as dist
-import vqgan_accel.evaluation.metrics as metrics
+import vqgan_accel.evaluation.networks as networks
 from test_evaluation import SmallFeatures
 from vqgan_accel.distributed import leaving_process_group
 from vqgan_accel.evaluation.evaluate import evaluate
-metrics.MobileNetFrechetFeatures = SmallFeatures
+networks.mobilenet_features = networks.inception = SmallFeatures
 folder = Path(sys.argv[1])
 calls = json.loads((folder / "calls.json").read_text())
 with leaving_process_group():
@@ -677,7 +702,9 @@ def launched(number: int, calls: list[Arguments], folder: Path) -> list[list[dic
     return [t["reports"] for t in told]
 
 
-ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet")
+INCEPTION: tuple[Metric, ...] = ("rfid", "pfid", "kid", "inception_score")  # precision and recall need 4 images
+ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet", *INCEPTION)
+PFID = ["evaluation.pfid_neighbours=4"]
 CASES = ("7 images", "2 images", "7 images, of which the second process can read none", "no grid")
 
 
@@ -692,10 +719,10 @@ def three(
     for index in (1, 4):
         (holes / "validation" / f"00{index}.png").write_bytes(b"no image")
     settings = [
-        overrides(seven, metrics=ALL),
-        overrides(folder / "2", metrics=ALL),
-        overrides(holes, "data.on_error=skip", metrics=ALL),
-        overrides(seven, "evaluation.grid_images=0", metrics=ALL),
+        overrides(seven, *PFID, metrics=(*ALL, "precision_recall")),
+        overrides(folder / "2", *PFID, metrics=ALL),
+        overrides(holes, *PFID, "data.on_error=skip", metrics=ALL),
+        overrides(seven, *PFID, "evaluation.grid_images=0", metrics=ALL),
     ]
     calls = [(saved, values, folder / f"case {index}") for index, values in enumerate(settings)]
     by_rank = launched(3, calls, folder)
@@ -709,7 +736,7 @@ def test_three_processes_give_the_results_of_one_on_each_of_them(
 ) -> None:
     (path, settings, output), reports = three[case]
     one = evaluate(path, overrides=settings, output=here)
-    assert list(one["results"]) == [*RESULTS, "fd_mobilenet"]
+    assert list(one["results"]) == [result for name in one["protocol"]["metrics"] for result in METRIC_RESULTS[name]]
     for report in reports:
         assert report == reports[0]
         assert_same_report(report, one)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid, to_uint8
-from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
 
 
 def images(number: int, height: int = 4, width: int = 4, seed: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ FLOORS = (
         "words",
         "schedules",
         "data.sources",
+        "data.protocols",
     ),
     ("run_folder", "sections", "config", "commented_yaml", "distributed", "accelerator", "status"),
     ("models", "losses", "data", "describe"),

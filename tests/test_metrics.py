@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
-import torchmetrics.image.fid
 from helpers import relative_error
 from lpips import LPIPS
 from scipy.linalg import sqrtm
@@ -29,13 +28,10 @@ from torchvision.transforms.functional import gaussian_blur, normalize
 
 from vqgan_accel.config import METRIC_RESULTS, EvaluationConfig, Metric, WeightFiles
 from vqgan_accel.data.views import to_float
-from vqgan_accel.evaluation.metrics import (
-    Metrics,
-    MobileNetFrechetFeatures,
-    codebook_usage,
-    inception_frechet,
-    perplexity,
-)
+from vqgan_accel.evaluation.measures import frechet as frechet_measures
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
+from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.evaluation.networks import inception, mobilenet_features
 from vqgan_accel.losses.perceptual import MobileNetDistance
 from vqgan_accel.models.weights import state_hash
 
@@ -67,7 +63,8 @@ def measure(metrics: Metrics, images: Tensor, reconstructions: Tensor, sizes: Se
     sizes = sizes or [len(images)]
     assert sum(sizes) == len(images)
     metrics.reset()
-    parts = [tensor.split(list(sizes)) for tensor in (images, reconstructions, random_codes(len(images)))]
+    tensors = (images, reconstructions, random_codes(len(images)), torch.arange(len(images)))
+    parts = [tensor.split(list(sizes)) for tensor in tensors]
     for batch in zip(*parts, strict=True):
         metrics.update(*batch)
     return metrics.compute()
@@ -209,7 +206,7 @@ class SmallFeatures(nn.Module):
 
     num_features = 6
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: WeightFiles = NO_FILES) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Conv2d(3, 6, 4, stride=4).requires_grad_(False)
@@ -223,7 +220,7 @@ class SmallFeatures(nn.Module):
 
 @pytest.fixture
 def small_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqgan_accel.evaluation.metrics.MobileNetFrechetFeatures", SmallFeatures)
+    monkeypatch.setattr("vqgan_accel.evaluation.networks.mobilenet_features", SmallFeatures)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +290,7 @@ def test_the_frechet_distance_is_scipys_of_the_features_of_all_images(small_feat
     images = to_float(random_uint8(40))
     reconstructions = damaged(images, 0.5)
     result = measure(metrics, images, reconstructions, [16, 16, 8])["fd_mobilenet"]
-    network = metrics.networks["fd_mobilenet"]
+    network = metrics.networks["mobilenet_v2"]
     assert isinstance(network, SmallFeatures)
     rounded = (reconstructions.clamp(-1, 1).numpy().astype(np.float64) + 1) * 127.5
     pixels = ((images.numpy().astype(np.float64) + 1) * 127.5, rounded)
@@ -310,8 +307,9 @@ def test_the_frechet_networks_see_the_images_own_bytes_and_the_clipped_reconstru
     metrics = build("fd_mobilenet")
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     levels = torch.tensor([-900.0, -0.4, 0.4, 0.6, 254.4, 254.6, 255.4, 900.0])
-    metrics.update(to_float(pixels), (levels / 127.5 - 1).repeat(96).view(1, 3, 16, 16), random_codes(1))
-    real, fake = metrics.networks["fd_mobilenet"].seen
+    reconstructions = (levels / 127.5 - 1).repeat(96).view(1, 3, 16, 16)
+    metrics.update(to_float(pixels), reconstructions, random_codes(1), torch.zeros(1, dtype=torch.int64))
+    real, fake = metrics.networks["mobilenet_v2"].seen
     assert torch.equal(real, pixels)
     assert fake.flatten()[:8].tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
 
@@ -344,11 +342,11 @@ def torchvision_features(file: Path, images: Tensor) -> Tensor:
 
 
 def test_the_frechet_features_are_torchvisions_mobilenet_v2_before_its_classifier(mobilenet_file: Path) -> None:
-    network = MobileNetFrechetFeatures(str(mobilenet_file))
+    network = mobilenet_features(WeightFiles(mobilenet_v2=str(mobilenet_file)))
     images = random_uint8(3, size=64)
     expected = torchvision_features(mobilenet_file, images)
     features = network(images)
-    assert features.shape == (3, MobileNetFrechetFeatures.num_features) and expected.std() > 0
+    assert features.shape == (3, network.num_features) == (3, 1280) and expected.std() > 0
     assert relative_error(features, expected) <= 1e-5
     assert not any(module.training for module in network.network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
@@ -389,7 +387,7 @@ def test_lpips_is_the_mean_of_the_lpips_packages_own_over_clipped_reconstruction
     result = measure(metrics, images, reconstructions, [1, 2])["lpips"]
     assert result == pytest.approx(expected, rel=1e-5)
     assert unclipped != pytest.approx(expected, rel=1e-3)
-    assert metrics.network_hashes() == {"lpips": state_hash(metrics.networks["lpips"])}
+    assert metrics.network_hashes() == {"lpips_squeeze": state_hash(metrics.networks["lpips_squeeze"])}
 
 
 @pytest.mark.parametrize(("network", "backbone"), [("alex", "alexnet"), ("squeeze", "squeezenet")])
@@ -444,15 +442,15 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
     inception_file: Path, quick_inception: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moments: list[Tensor] = []
+    moments: list[tuple[Tensor, Tensor]] = []
 
-    def compute(*arguments: Tensor) -> Tensor:  # the eigenvalues of 2048 x 2048 would take 10 s
-        moments.extend(arguments)
-        return torch.tensor(7.5, dtype=torch.float64)
+    def compute(*gaussians: tuple[Tensor, Tensor]) -> float:  # the eigenvalues of 2048 x 2048 would take 10 s
+        moments.extend(gaussians)
+        return 7.5
 
-    monkeypatch.setattr(torchmetrics.image.fid, "_compute_fid", compute)
+    monkeypatch.setattr(frechet_measures, "frechet_distance", compute)
     metrics = build("rfid", "l2", weights=WeightFiles(inception=str(inception_file)))
-    network = metrics.networks["rfid"]
+    network = metrics.networks["inception"]
     published = torch.load(inception_file, weights_only=True)
     assert network.state_dict().keys() == published.keys()
     assert all(torch.equal(tensor, published[name]) for name, tensor in network.state_dict().items())
@@ -465,7 +463,7 @@ def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
     network.register_forward_hook(lambda module, given, features: passes.append((given[0], features)))
     assert measure(metrics, to_float(pixels), reconstructions)["rfid"] == 7.5
     shown = ((reconstructions.clamp(-1, 1) + 1) * 127.5).round().byte()
-    expected = zip((pixels, shown), passes, (moments[:2], moments[2:]), strict=True)
+    expected = zip((pixels, shown), passes, moments[:2], strict=True)
     for images, (seen, features), (mean, covariance) in expected:
         assert torch.equal(seen, images)
         rows = features.double().numpy()
@@ -477,7 +475,7 @@ def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
 def test_rfid_sees_images_as_torch_fidelity_does(inception_file: Path, quick_inception: None) -> None:
     theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file)).eval()
     images = (F.interpolate(torch.rand(1, 3, 8, 8), (64, 64), mode="bilinear") * 255).byte()
-    assert relative_error(inception_frechet(str(inception_file)).inception(images), theirs(images)[0]) <= 1e-5
+    assert relative_error(inception(WeightFiles(inception=str(inception_file)))(images), theirs(images)[0]) <= 1e-5
 
 
 def sentence_of(error: type[Exception], weights: Path | None) -> str:

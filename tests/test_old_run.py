@@ -37,7 +37,7 @@ def test_it_goes_on_as_it_would_have(old: Config) -> None:
     again = metrics(run)
     assert [line["step"] for line in again] == [line["step"] for line in expected]
     for line, old_line in zip(again, expected, strict=True):
-        assert line.keys() == old_line.keys()
+        assert old_line.keys() <= line.keys()  # metrics have got more results since
         for name, value in old_line.items():
             assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (line["step"], name)
     progress = json.loads((run / "checkpoints" / "latest" / "progress.json").read_text())

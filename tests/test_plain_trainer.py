@@ -214,6 +214,7 @@ def plainly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[C
     return trained
 
 
+@pytest.mark.slow  # it tests the oracle, not the package
 @pytest.mark.parametrize(("case", "change"), CHANGES, ids=str)
 def test_every_setting_moves_the_weights_by_far_more_than_the_tolerance(
     case: str, change: dict[str, Any], plainly: Callable[[str], tuple[Config, Path, dict[str, Tensor]]]

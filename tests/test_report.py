@@ -108,7 +108,7 @@ def test_the_clock_is_kept_apart_and_cut_with_the_metrics_where_a_run_is_resumed
 
 def test_the_last_line_names_the_report_the_best_checkpoint_and_the_next_command(tmp_path, capsys) -> None:
     run = train(tiny_config(tmp_path))
-    best = json.loads((run / "checkpoints" / "best" / "progress.json").read_text())
+    best = json.loads((run / "checkpoints" / "best" / "validated.json").read_text())
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"trained 2 steps; look at {run}/report.html; best checkpoint: {run}/checkpoints/best "

@@ -28,7 +28,8 @@ from torchvision.transforms import TenCrop
 from vqgan_accel import load_tokens
 from vqgan_accel.cli import main
 from vqgan_accel.config import GumbelQuantizerConfig, StandardQuantizerConfig
-from vqgan_accel.data.transforms import evaluation_view
+from vqgan_accel.data.crops import CROPS, evaluation_view
+from vqgan_accel.data.protocols import Crop
 from vqgan_accel.files import lock
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.tokens import write as module
@@ -61,9 +62,9 @@ def command(images: Path, *more: str) -> list[str]:
     return [*arguments, "data.workers=0", "evaluation.batch_size=2", *more]
 
 
-def codes_of(tokenizer: ImageTokenizer, file: Path) -> torch.Tensor:
-    view = evaluation_view(Image.open(file).convert("RGB"), 16)
-    return tokenizer.encode(view[None] / 127.5 - 1)
+def codes_of(tokenizer: ImageTokenizer, file: Path, crop: Crop = "square") -> list[int]:
+    view = evaluation_view(Image.open(file).convert("RGB"), 16, crop)
+    return tokenizer.encode(view[None] / 127.5 - 1).flatten().tolist()
 
 
 def files(images: Path) -> list[Path]:
@@ -82,7 +83,7 @@ def test_every_image_has_the_codes_that_encode_gives(
     assert capsys.readouterr().out == f"{tokens}: 11 x 4 x 4 codes in 3 shards, with labels\n"
     rows = load_tokens(tokens)
     assert rows.column_names == ["codes", "label", "file_name", "index", "view"]
-    expected = [codes_of(tokenizer, file).flatten().tolist() for file in files(images)]
+    expected = [codes_of(tokenizer, file) for file in files(images)]
     assert rows["codes"][:] == expected and len({code for row in expected for code in row}) > 8
     assert rows["file_name"][:] == [str(file.relative_to(images / "train")) for file in files(images)]
     assert rows["index"][:] == list(range(11))
@@ -97,6 +98,15 @@ def test_every_image_has_the_codes_that_encode_gives(
     # what `datasets` makes of the folder by itself
     plain = datasets.load_dataset(str(tokens), split="train")
     assert plain["codes"][:] == expected and plain.features == rows.features
+
+
+def test_the_crop_is_that_of_the_evaluations_protocol(images: Path, tokenizer: ImageTokenizer) -> None:
+    """As second stages that are compared by ADM's statistics need it."""
+    assert main(command(images, "evaluation.protocol=adm")) == 0
+    tokens = images.parent / "tokens"
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    assert (manifest["crop"], manifest["resize_filter"]) == CROPS["adm"][:2]
+    assert load_tokens(tokens)["codes"][:] == [codes_of(tokenizer, file, "adm") for file in files(images)]
 
 
 def test_codes_above_65536_are_int32(images: Path) -> None:

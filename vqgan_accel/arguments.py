@@ -55,6 +55,16 @@ def _add_training(parsers: Subparsers) -> None:
         "--output", type=Path, help="folder for the results (default: evaluation/SPLIT in the run, or DATA_SPLIT)"
     )
 
+    made = _add(
+        parsers,
+        "statistics",
+        "Mean and covariance of a data set's features, for evaluation.reference; also under accelerate launch.",
+        commands.run_statistics,
+    )
+    made.add_argument("data", metavar="DATA", help="what data.path may be: a folder, a data set, a name on the hub")
+    _take_overrides(made, "data.image_size=256 evaluation.protocol=adm evaluation.split=train")
+    made.add_argument("--output", type=Path, required=True, help="a new .npz file")
+
 
 def _add_configs(parsers: Subparsers) -> None:
     new = _add(parsers, "new", "Look at pictures and machine, and write a config for them.", commands.run_new)
@@ -145,6 +155,17 @@ def _add_tokens(parsers: Subparsers) -> None:
     )
     tokens.add_argument("--shard-images", type=int, help="images in a file (default: at most 10,000)")
     tokens.add_argument("--output", type=Path, required=True, help="folder; what it holds of the same codes is kept")
+
+    probe = _add(
+        parsers, "probe", "How well a small model predicts a tokenizer's codes, and its samples.", commands.run_probe
+    )
+    _take_tokenizer(probe)
+    _take_overrides(probe, "evaluation.metrics=[fd_mobilenet]")
+    probe.add_argument("--tokens", type=Path, required=True, help="folder that `tokenize` wrote with this tokenizer")
+    probe.add_argument("--steps", type=int, default=2000, help="of training, 64 images each (default: 2000)")
+    probe.add_argument("--samples", type=int, default=64, help="images to draw and decode (default: 64)")
+    probe.add_argument("--seed", type=int, default=0, help="of all that is random")
+    probe.add_argument("--output", type=Path, required=True, help="folder for probe.json and samples.png")
 
 
 def _add_exchange(parsers: Subparsers) -> None:

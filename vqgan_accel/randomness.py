@@ -13,6 +13,7 @@ QUANTIZER_NOISE = 3  # (seed, optimizer step, index in the global batch)
 CODE_REINIT = 4  # (seed, optimizer step)
 STREAM_ORDER = 5  # (seed, lane, pass): of a stream's files
 STREAM_BLOCK = 6  # (seed, lane, pass, number of the block): of the images in a shuffle buffer
+PERTURBATION = 7  # (position in the split): of the codes of pFID
 
 
 def generator(stream: int, *position: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ from vqgan_accel.config.data import DataConfig
 from vqgan_accel.config.discriminators import DiscriminatorConfig, StyleGAN2Config
 from vqgan_accel.config.keys import config_keys, json_schema, key_lines
 from vqgan_accel.config.losses import LossConfig
-from vqgan_accel.config.metrics import LOWER_IS_BETTER, METRIC_RESULTS, Metric, is_better
+from vqgan_accel.config.metrics import LOWER_IS_BETTER, METRIC_RESULTS, UNITS, Metric, is_better
 from vqgan_accel.config.quantizers import (
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "GROUP_NORM_GROUPS",
     "LOWER_IS_BETTER",
     "METRIC_RESULTS",
+    "UNITS",
     "AutoencoderConfig",
     "AutoencoderField",
     "Config",

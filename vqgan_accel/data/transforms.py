@@ -10,24 +10,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.functional import ten_crop
 
 from vqgan_accel.randomness import AUGMENTATION, generator
-
-# The evaluation protocol, for its fingerprint: numbers from other crops or filters do not compare.
-CROP = "central square of the short side, cropped before one resize"
-RESIZE_FILTER = "PIL bilinear, antialiased, uint8"
-
-VIEWS = {  # what may be taken of an image without drawing anything -> the names of the views
-    "center": ("center",),
-    "flip": ("center", "center_mirrored"),
-    "10crop": tuple(
-        place + mirrored
-        for mirrored in ("", "_mirrored")
-        for place in ("top_left", "top_right", "bottom_left", "bottom_right", "center")
-    ),
-}
-TEN_CROP_SCALE = 1.1
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,7 +67,7 @@ def draw_view(
     Everything random comes from (seed, epoch, index): it does not matter which worker asks, when, or after what.
     """
     rng = generator(AUGMENTATION, seed, epoch, index)
-    square = training_crop(width, height, crop_scale, rng) if crop_scale else _central_square(width, height)
+    square = training_crop(width, height, crop_scale, rng) if crop_scale else central_square(width, height)
     return View(*square, mirrored=horizontal_flip and rng.random() < 0.5)
 
 
@@ -101,30 +85,12 @@ def training_view(
     The resize is torch's, which takes a third of Pillow's time and differs from it by at most one level.
     """
     view = draw_view(*image.size, crop_scale, horizontal_flip, seed, epoch, index)
-    square = _to_tensor(_square(image, view.left, view.top, view.side))
+    # cropped, then resized: resize(box=...) would let the filter reach pixels outside of the crop
+    square = to_uint8_tensor(image.crop((view.left, view.top, view.left + view.side, view.top + view.side)))
     if view.side != image_size:
         size = (image_size, image_size)
         square = interpolate(square[None], size, mode="bilinear", antialias=True)[0]
     return square.flip(-1) if view.mirrored else square
-
-
-def evaluation_view(image: Image.Image, image_size: int) -> Tensor:
-    """An RGB image as uint8 (3, S, S): the central square of its short side, resized.
-
-    Cropping comes first. Resizing the short side and cropping then (torchvision's habit) resamples pixels that are
-    thrown away and rounds the long side; the two differ by less than a pixel's shift.
-    """
-    square = _square(image, *_central_square(*image.size))
-    return _to_tensor(square.resize((image_size, image_size), Image.Resampling.BILINEAR))
-
-
-def views_of(image: Image.Image, image_size: int, kind: str = "center") -> list[Tensor]:
-    """An RGB image as the views of VIEWS[kind], each uint8 (3, S, S). 10crop: corners and centre of the central square,
-    which is resized to 1.1 S, and the same mirrored (LlamaGen: Sun et al. 2024, arXiv 2406.06525)."""
-    if kind == "10crop":
-        return list(ten_crop(evaluation_view(image, int(TEN_CROP_SCALE * image_size)), [image_size]))
-    center = evaluation_view(image, image_size)
-    return [center, center.flip(-1)] if kind == "flip" else [center]
 
 
 def training_crop(
@@ -140,20 +106,15 @@ def training_crop(
             top = int(rng.integers(height - side + 1))
             left = int(rng.integers(width - side + 1))
             return left, top, side
-    return _central_square(width, height)
+    return central_square(width, height)
 
 
-def _central_square(width: int, height: int) -> tuple[int, int, int]:
+def central_square(width: int, height: int) -> tuple[int, int, int]:
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side
 
 
-def _square(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
-    # cropped, then resized: resize(box=...) would let the filter reach pixels outside of the crop
-    return image.crop((left, top, left + side, top + side))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
+def to_uint8_tensor(image: Image.Image) -> Tensor:
     """(3, H, W), in memory (H, W, 3)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -1,6 +1,6 @@
 """What a worker makes of one image: it is read, cropped and handed over as uint8; or it is broken, and that is said.
 
-A batch of such views stays uint8 until `to_float` on the device.
+A batch of such views stays uint8 until `to_float` on the device. (One crop of data/crops.py gives numbers in between.)
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ REMEDY = "remove or repair it, or set data.on_error=skip"
 
 
 class Batch(TypedDict):
-    image: Tensor  # uint8 (B, 3, S, S); in memory (B, S, S, 3)
+    image: Tensor  # (B, 3, S, S) uint8, or float32 of an evaluation's crop that does not round; in memory (B, S, S, 3)
     index: Tensor  # int64 (B,), which image of the source each one is
     skipped: int  # broken images that were replaced (training) or left out (evaluation)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) in [0, 255] -> float32 in [-1, 1], on the device where the images are."""
+    """uint8 (B, 3, H, W) in [0, 255] -> float32 in [-1, 1], on the device where the images are; floats are there."""
+    if images.is_floating_point():
+        return images.contiguous()
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 

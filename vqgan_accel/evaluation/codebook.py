@@ -11,12 +11,14 @@ from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
-from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
+from vqgan_accel.evaluation.measures.perturbed import code_vectors
 from vqgan_accel.files import require_absent, written_as_a_whole
 from vqgan_accel.models.opening import open_tokenizer
-from vqgan_accel.models.quantizers import Quantizer, count_codes
+from vqgan_accel.models.quantizers import count_codes
 from vqgan_accel.models.weights import require_finite
 
 TABLE = "codebook.csv"
@@ -44,7 +46,10 @@ def codebook(
     require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
-    for batch in evaluation_loader(source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False):
+    crop = PROTOCOLS[config.evaluation.protocol].crop
+    for batch in evaluation_loader(
+        source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False, crop=crop
+    ):
         codes = tokenizer.encode(to_float(batch["image"].to(device)))
         counts += count_codes(codes, len(counts))
 
@@ -67,12 +72,6 @@ def codebook(
         f"two principal components carry {100 * explained:.0f} % of the codes' variance",
         f"written to {output}",
     ]
-
-
-def code_vectors(quantizer: Quantizer, device: torch.device) -> Tensor:
-    """(K, D), as they are decoded"""
-    codes = torch.arange(quantizer.num_codes, device=device)
-    return quantizer.codes_to_latents(codes.view(1, 1, -1))[0, :, 0].T
 
 
 def nearest_others(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,8 @@ What is measured is what a user gets: images to codes, codes to images, in float
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,14 +16,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
-from vqgan_accel.config import Config, Metric
+from vqgan_accel.config import UNITS, Config, Metric
 from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
+from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.source import ImageSource
-from vqgan_accel.data.transforms import CROP, RESIZE_FILTER
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
+from vqgan_accel.evaluation.comparable import fingerprint, pixel_hash, protocol
 from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_grid
-from vqgan_accel.evaluation.metrics import PIXEL_PROTOCOL, Metrics, codebook_usage, perplexity
+from vqgan_accel.evaluation.keeping import Kept, keeping
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
+from vqgan_accel.evaluation.metrics import Metrics
+from vqgan_accel.evaluation.reference import open_reference
 from vqgan_accel.files import write_json
 from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.precision import ieee_float32
@@ -36,8 +37,6 @@ from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
 
 if TYPE_CHECKING:
     from vqgan_accel.data.stream import StreamSource
-
-ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
 
 
 class Evaluation(NamedTuple):
@@ -60,15 +59,20 @@ def evaluate_tokenizer(
     image_size: int,
     grid_images: int,
     hash_pixels: bool = False,
+    same_images: bool = False,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """`batches`: this process's share, see data.opening.evaluation_loader. Every rank calls it; all get the same
     results.
+
+    same_images: as those of the evaluation before with these metrics, whose feature networks need not see them again;
+    kept: where reconstructions are written.
 
     The shares need not be equal: sums are kept per process and reduced once, so nothing is padded or counted twice.
     """
     was_training = tokenizer.training
     tokenizer.eval()
-    metrics.reset()
+    metrics.reset(same_images)
     shown = torch.zeros(2, grid_images, 3, image_size, image_size)  # filled by whichever process holds the image
     held = torch.zeros(grid_images)  # 1 where one does: an unreadable image leaves no hole
     counted = torch.zeros(3, dtype=torch.int64)  # images, skipped images, sum of pixel hashes
@@ -79,7 +83,9 @@ def evaluate_tokenizer(
             continue
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode_own(codes)
-        metrics.update(images, reconstructions, codes)
+        metrics.update(images, reconstructions, codes, batch["index"], tokenizer)
+        if kept is not None:
+            kept.add(reconstructions, batch["index"])
         for row, position in enumerate(batch["index"].tolist()):
             if position < grid_images:
                 shown[0, position], shown[1, position] = images[row].cpu(), reconstructions[row].cpu()
@@ -95,12 +101,6 @@ def evaluate_tokenizer(
     return Evaluation(
         metrics.compute(), num_images, skipped, metrics.code_counts(), shown[0], shown[1], f"{pixels:016x}"
     )
-
-
-def pixel_hash(image: Tensor) -> int:
-    """uint8 (3, H, W) -> 40 bits of sha256. Their sum identifies a set of images whatever its order, and the sum of
-    eight million of them fits in int64."""
-    return int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:5], "little")
 
 
 def evaluate(
@@ -124,7 +124,7 @@ def evaluate(
     runs/first/checkpoints/... on 3 images
     ...
     >>> sorted(report["results"])
-    ['codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
+    ['bits_per_pixel', 'bits_per_token', 'codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
     """
     opened = open_tokenizer(model)
     tokenizer, config = opened.tokenizer, opened.config(overrides, data)
@@ -139,14 +139,17 @@ def evaluate(
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(batches, desc=settings.split, unit="batch", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    evaluation = evaluate_tokenizer(
-        tokenizer.to(device), bar, metrics, device, config.data.image_size, settings.grid_images, hash_pixels=True
-    )
-    report = report_of(evaluation, opened, protocol(config, evaluation, metrics))
+    size, grid = config.data.image_size, settings.grid_images
+    with keeping(settings, output, size, accelerator) as kept:
+        evaluation = evaluate_tokenizer(
+            tokenizer.to(device), bar, metrics, device, size, grid, hash_pixels=True, kept=kept
+        )
+    rules = protocol(config, evaluation.num_images, evaluation.pixels_hash, metrics)
+    report = report_of(evaluation, opened, rules)
     if accelerator.is_main_process:
         write_json(output / EVALUATION_RESULTS, report)
-        save_pictures(evaluation, output, grid=settings.grid_images > 0)
-        print(table(report, output), flush=True)
+        save_pictures(evaluation, output, grid=grid > 0)
+        print(table(report, output, metrics.too_few(evaluation.num_images)), flush=True)
     accelerator.wait_for_everyone()
     return report
 
@@ -159,14 +162,16 @@ def open_measurement(
     accelerator: Accelerator,
 ) -> tuple[Metrics, Iterable[Batch]]:
     """What `evaluate_tokenizer` takes: the metrics, and this process's share of the images. ValueError or
-    FileNotFoundError where a metric's network is missing, or there are too few images for one."""
+    FileNotFoundError where a metric's network or the reference is missing, or there are too few images for one."""
     settings, device = config.evaluation, accelerator.device
     metrics = Metrics(names, num_codes, settings, config.weights, device)
     if (number := count_images(source)) is not None:
         metrics.require(number)
+    open_reference(config, metrics, accelerator)
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    crop = PROTOCOLS[settings.protocol].crop
     return metrics, evaluation_loader(
-        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda"
+        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda", crop=crop
     )
 
 
@@ -200,36 +205,11 @@ def report_of(evaluation: Evaluation, opened: Opened, protocol: dict[str, Any]) 
     }
 
 
-def protocol(config: Config, evaluation: Evaluation, metrics: Metrics) -> dict[str, Any]:
-    """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are
-    equal."""
-    return {
-        "num_images": evaluation.num_images,
-        "image_size": config.data.image_size,
-        "crop": CROP,
-        "resize_filter": RESIZE_FILTER,
-        "pixels": PIXEL_PROTOCOL,
-        "arithmetic": ARITHMETIC,
-        "images_hash": evaluation.pixels_hash,
-        "metrics": list(metrics.names),
-        "lpips_network": config.evaluation.lpips_network if "lpips" in metrics.names else None,
-        "feature_networks_sha256": metrics.network_hashes(),
-        "torchmetrics": version("torchmetrics"),
-    }
-
-
-def fingerprint(protocol: dict[str, Any]) -> str:
-    """16 hex digits of sha256 over the canonical JSON."""
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-
-
-UNITS = {"psnr": "dB", "psnr_per_image": "dB", "codebook_usage": "%"}
-
-
-def table(report: dict[str, Any], output: Path) -> str:
+def table(report: dict[str, Any], output: Path, notes: Sequence[str] = ()) -> str:
     lines = [f"{report['checkpoint']} on {report['protocol']['num_images']:,} images"]
     lines += [f"  {name:<20}{value:>12.5g} {UNITS.get(name, '')}" for name, value in report["results"].items()]
     if report["skipped_images"]:
         lines.append(f"  {report['skipped_images']} unreadable images were left out")
+    lines += [f"  {note}" for note in notes]
     lines += [f"  protocol            {report['fingerprint']}", f"written to {output}"]
     return "\n".join(lines)

@@ -18,16 +18,26 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
     """Both (B, 3, H, W) in [-1, 1] -> rows of originals, each above the row of its reconstructions."""
-    originals, rebuilt = to_uint8(images), to_uint8(reconstructions)
-    number, height, width = originals.shape[:3]
-    columns = min(columns, number)
-    rows = -(-number // columns)
-    canvas = np.full((rows * 2 * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for index in range(number):
-        left = index % columns * (width + gap)
-        top = index // columns * 2 * (height + gap)
-        canvas[top : top + height, left : left + width] = originals[index]
-        canvas[top + height + gap : top + 2 * height + gap, left : left + width] = rebuilt[index]
+    columns = min(columns, len(images))
+    rows = [part for pair in zip(images.split(columns), reconstructions.split(columns), strict=True) for part in pair]
+    return _grid(rows, columns, gap)
+
+
+def image_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
+    """(B, 3, H, W) in [-1, 1], row by row"""
+    columns = min(columns, len(images))
+    return _grid(list(images.split(columns)), columns, gap)
+
+
+def _grid(rows: list[Tensor], columns: int, gap: int) -> Image.Image:
+    """Rows of up to `columns` images (B, 3, H, W), `gap` white pixels apart."""
+    height, width = rows[0].shape[2:]
+    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for row, images in enumerate(rows):
+        top = row * (height + gap)
+        for column, image in enumerate(to_uint8(images)):
+            left = column * (width + gap)
+            canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
 
 

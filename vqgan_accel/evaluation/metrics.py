@@ -1,83 +1,26 @@
-"""Metrics over a whole split, on torchmetrics: sums on each process, one reduction at the end, no padding anywhere.
+"""The metrics that are asked for, over a whole split: sums on each process, one reduction at the end, nothing padded.
 
-Pixel metrics compare images in [0, 1] with reconstructions clipped to it; the Frechet distances see both rounded to 8
-bits.
+What each is, is in measures/; evaluation.protocol says how pixels become what they see (pixels.py).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
-from pathlib import Path
+from importlib import import_module
 from typing import Any
-from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torchmetrics import MeanMetric
-from torchmetrics import Metric as TorchMetric
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
-from vqgan_accel.distributed import sum_over_processes
-from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
-from vqgan_accel.models.quantizers import count_codes
-from vqgan_accel.models.weights import downloading, load_state, state_hash
+from vqgan_accel.config.metrics import METRICS
+from vqgan_accel.evaluation.collected import Moments, Samples
+from vqgan_accel.evaluation.measures.base import Measure, Need, Seen, Setting, real
+from vqgan_accel.evaluation.measures.codes import Codebook
+from vqgan_accel.evaluation.networks import Networks
+from vqgan_accel.models.tokenizer import ImageTokenizer
 
-PIXEL_PROTOCOL = "[0, 1], reconstructions clipped; Frechet distances on both rounded to uint8"
-MIN_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
-
-
-def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of the code distribution; counts (K,). Between 1 and K; 0 where nothing was counted."""
-    p = counts.double() / counts.sum()
-    return float(torch.special.entr(p).sum().exp()) if counts.any() else 0.0
-
-
-def codebook_usage(counts: Tensor) -> float:
-    """Percentage of the K codes that were used at least once; counts (K,)"""
-    return 100 * float((counts > 0).double().mean())
-
-
-def summed(state: Tensor, group: object = None) -> list[Tensor]:
-    """What torchmetrics adds up: of every state, for all are sums, one that is the sum already.
-
-    By itself it gathers one from each process: 33.5 MB, twice, of FID, on each of them, from each of them.
-    """
-    return [sum_over_processes(state)]
-
-
-class CodeCounts(TorchMetric):
-    """How often each code was used, summed over processes: (K,) int64."""
-
-    counts: Tensor
-
-    def __init__(self, num_codes: int) -> None:
-        super().__init__(dist_sync_fn=summed)
-        self.add_state("counts", torch.zeros(num_codes, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, codes: Tensor) -> None:
-        self.counts += count_codes(codes, len(self.counts))
-
-    def compute(self) -> Tensor:
-        return self.counts
-
-
-class MobileNetFrechetFeatures(nn.Module):
-    """uint8 (B, 3, H, W) -> MobileNetV2's pooled features (B, 1280), for the Frechet distance."""
-
-    num_features = 1280
-
-    def __init__(self, weights: str | None) -> None:
-        super().__init__()
-        self.network = MobileNetFeatures()
-        self.network.load_published(weights)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.float() / 127.5 - 1)
+FEW = 10  # images per feature, below which a Gaussian's covariance is poorly known
 
 
 class Metrics:
@@ -95,133 +38,117 @@ class Metrics:
         device: torch.device,
     ) -> None:
         self.names = tuple(names)
-        self.parts: dict[str, Any] = {"codebook": CodeCounts(num_codes)}
-        self.networks: dict[str, nn.Module] = {}  # feature networks by metric, for the protocol
-        for name in self.names:
-            match name:
-                case "l2":
-                    self.parts[name] = mean_metric()
-                case "psnr":
-                    self.parts |= {
-                        "l2": mean_metric(),
-                        "psnr_per_image": mean_metric(),
-                    }
-                case "ssim":
-                    self.parts[name] = mean_metric()
-                case "lpips":
-                    self.parts[name] = mean_metric()
-                    self.networks[name] = load_lpips(config.lpips_network, weights)
-                case "mobilenet_distance":
-                    self.parts[name] = mean_metric()
-                    self.networks[name] = MobileNetDistance.published(weights.mobilenet_v2)
-                case "rfid":
-                    self.parts[name] = inception_frechet(weights.inception)
-                    self.networks[name] = self.parts[name].inception
-                case "fd_mobilenet":
-                    self.parts[name] = FrechetInceptionDistance(
-                        MobileNetFrechetFeatures(weights.mobilenet_v2), dist_sync_fn=summed
-                    )
-                    self.networks[name] = self.parts[name].inception
-        for part in self.parts.values():
-            part.to(device)
-            if isinstance(part, MeanMetric):
-                part.set_dtype(torch.float64)  # sums of many images; `to` would undo it
-            if isinstance(part, FrechetInceptionDistance):
-                part.orig_dtype = torch.float32  # which a process that saw no image would miss
-        for network in self.networks.values():
-            network.to(device)
+        self.networks = Networks(weights, device)
+        self.setting = Setting(config, self.networks, num_codes, device)
+        self.codebook = Codebook("codebook", self.setting)  # counted in any case, for the picture
+        self.measures = [
+            self.codebook if name == "codebook" else measure_class(name)(name, self.setting) for name in self.names
+        ]
+        self.needs = list(dict.fromkeys(need for measure in self.measures for need in measure.needs))
+        self.known: dict[Need, Tensor] = {}  # of the images: a reference, or what the last evaluation collected
+        self.reference: dict[str, Any] | None = None  # where that is a reference: what it is, for the protocol
+        self.reset()
 
     @torch.no_grad()
-    def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
-        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w); B may be 0."""
+    def update(
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        codes: Tensor,
+        positions: Tensor,
+        tokenizer: ImageTokenizer | None = None,
+    ) -> None:
+        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w), positions (B,) in the split; B may be 0.
+        tokenizer: for metrics that decode other codes."""
         if not len(images):
             return
-        reconstructions = reconstructions.clamp(-1, 1)
-        x, y = (images + 1) / 2, (reconstructions + 1) / 2
-        self.parts["codebook"].update(codes)
-        if "l2" in self.parts:
-            mse = (x.double() - y.double()).square().mean((1, 2, 3))
-            self.parts["l2"].update(mse)
-        if "psnr_per_image" in self.parts:
-            self.parts["psnr_per_image"].update(psnr(mse))
-        if "ssim" in self.parts:
-            ssim = structural_similarity_index_measure(y.double(), x.double(), data_range=1.0, reduction="none")
-            self.parts["ssim"].update(ssim)
-        for name in ("lpips", "mobilenet_distance"):
-            if name in self.parts:
-                self.parts[name].update(self.networks[name](reconstructions, images))
-        for name in ("rfid", "fd_mobilenet"):
-            if name in self.parts:
-                self.parts[name].update((x * 255).round().byte(), real=True)
-                self.parts[name].update((y * 255).round().byte(), real=False)
+        seen = Seen(self.setting, images, reconstructions, codes, positions.to(images.device), tokenizer)
+        for measure in dict.fromkeys([self.codebook, *self.measures]):
+            measure.update(seen)
+        for need, collected in self.collecting.items():
+            collected.add(seen.features(need.network, need.side), seen.positions)
+
+    @torch.no_grad()
+    def update_reference(self, images: Tensor, positions: Tensor) -> None:
+        """Take in images that reconstructions are compared with in place of their own. See `collected_reference`."""
+        if not len(images):
+            return
+        none = torch.empty(0, dtype=torch.int64, device=images.device)
+        seen = Seen(self.setting, images, images, none, positions.to(images.device), None)
+        for need, collected in self.collecting.items():
+            if need.side is real:
+                collected.add(seen.features(need.network, real), seen.positions)
+
+    def collected_reference(self) -> dict[Need, Tensor]:
+        """What `update_reference` took in; every process calls it."""
+        reduced = {need: one.reduced() for need, one in self.collecting.items() if need.side is real}
+        return {need: as_given(need, value) for need, value in reduced.items()}
+
+    def set_reference(self, known: dict[Need, Tensor], what: dict[str, Any]) -> None:
+        """Compare with `known`, of every need of the images, from now on."""
+        self.known, self.reference = known, what
+        self.reset()
 
     def compute(self) -> dict[str, float]:
         """Every result of METRIC_RESULTS[name] for the metrics asked for; every rank calls it and gets the same."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*compute.* method of metric .* was called before")
-            values = {name: part.compute() for name, part in self.parts.items()}
+        reduced = self.known | {need: collected.reduced() for need, collected in self.collecting.items()}
+        self.known = {need: value for need, value in reduced.items() if need.side is real}
         results: dict[str, float] = {}
-        for name in self.names:
-            match name:
-                case "psnr":
-                    results["psnr"] = float(psnr(values["l2"]))  # of the pooled MSE
-                    results["psnr_per_image"] = float(values["psnr_per_image"])
-                case "codebook":
-                    results["perplexity"] = perplexity(values["codebook"])
-                    results["codebook_usage"] = codebook_usage(values["codebook"])
-                case _:
-                    results[name] = float(values[name])
+        for measure in self.measures:
+            results |= measure.results(reduced.__getitem__)
         return results
 
     def code_counts(self) -> Tensor:
         """(K,) int64 over all processes; every rank calls it."""
-        return self.parts["codebook"].compute()
+        return self.codebook.counts()
 
     def require(self, num_images: int) -> None:
         """ValueError where the metrics cannot be formed on so few images."""
-        if num_images < 2 and {"rfid", "fd_mobilenet"} & set(self.names):
-            raise ValueError(
-                f"a Frechet distance needs at least 2 images and the split has {num_images} that can be read; leave "
-                "rfid and fd_mobilenet out of the metrics"
-            )
+        for measure in self.measures:
+            if num_images < measure.least_images:
+                names = [other.name for other in self.measures if other.called == measure.called]
+                raise ValueError(
+                    f"{measure.called} needs at least {measure.least_images} images and the split has {num_images} "
+                    f"that can be read; leave {' and '.join(names)} out of the metrics"
+                )
 
-    def reset(self) -> None:
-        for part in self.parts.values():
-            part.reset()
+    def too_few(self, num_images: int) -> list[str]:
+        """Of each distance between Gaussians that so few images say little of, a sentence."""
+        sizes = {
+            measure.name: int(self.networks[need.network].num_features)  # type: ignore[arg-type]
+            for measure in self.measures
+            for need in measure.needs[:1]
+            if need.kind is Moments
+        }
+        return [
+            f"{name} of {num_images:,} images, fewer than {FEW} x its {size:,} features, is larger than of many"
+            for name, size in sizes.items()
+            if num_images < FEW * size
+        ]
+
+    def reset(self, same_images: bool = False) -> None:
+        """same_images: the next ones are those of the evaluation before: what was collected of them is kept."""
+        if not (same_images or self.reference is not None):
+            self.known = {}
+        self.codebook.reset()
+        for measure in self.measures:
+            measure.reset()
+        self.collecting: dict[Need, Moments | Samples] = {
+            need: need.kind(int(self.networks[need.network].num_features), self.setting.device)  # type: ignore[arg-type]
+            for need in self.needs
+            if need not in self.known
+        }
 
     def network_hashes(self) -> dict[str, str]:
-        return {name: state_hash(network) for name, network in self.networks.items()}
+        return self.networks.hashes()
 
 
-def mean_metric() -> MeanMetric:
-    """A mean that a nan spoils, rather than one that leaves it out."""
-    return MeanMetric(nan_strategy="disable", dist_sync_fn=summed)
+def measure_class(name: Metric) -> type[Measure]:
+    module, _, attribute = METRICS[name].measure.rpartition(".")
+    found: type[Measure] = getattr(import_module(module), attribute)
+    return found
 
 
-def psnr(mse: Tensor) -> Tensor:
-    """Decibels, for pixels in [0, 1]."""
-    return -10 * mse.clamp_min(MIN_MSE).log10()
-
-
-def inception_frechet(weights: str | None) -> FrechetInceptionDistance:
-    """FID's own metric over the Inception network of the original TensorFlow code (torch-fidelity's port)."""
-    if weights is not None:
-        load_state(Path(weights), "weights.inception")  # torch-fidelity itself would execute what a pickle asks for
-    try:
-        with downloading(URL_INCEPTION_V3) if weights is None else nullcontext():
-            # antialias=False is the resize of the original code (TensorFlow 1's), which published numbers are made with
-            return FrechetInceptionDistance(
-                feature=2048, feature_extractor_weights_path=weights, antialias=False, dist_sync_fn=summed
-            )
-    except (URLError, OSError) as error:
-        raise ValueError(
-            f"FID's Inception weights could not be downloaded from {URL_INCEPTION_V3} ({error}); fetch that file "
-            "elsewhere and give its path as weights.inception=FILE, or leave 'rfid' out of the metrics"
-        ) from None
-    except (RuntimeError, KeyError) as error:
-        if weights is None:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"weights.inception: {weights} does not hold torch-fidelity's Inception network ({reason})"
-        ) from None
+def as_given(need: Need, value: Tensor) -> Tensor:
+    """A reference has no halves: it is not drawn with the reconstructions, image by image."""
+    return value.sum(0, keepdim=True) if need.kind is Moments else value

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vqgan_accel.compat import accelerator_device
 from vqgan_accel.config import EvaluationConfig, Metric, WeightFiles
+from vqgan_accel.config.metrics import METRICS
 from vqgan_accel.data.folder import require_outside
 from vqgan_accel.data.listing import EXTENSIONS, image_files
 from vqgan_accel.data.source import decode_image
@@ -33,7 +34,7 @@ from vqgan_accel.models.tokenizer import ImageTokenizer
 
 TABLE = "reconstructions.csv"
 OVERLAP = 64  # pixels that neighbouring tiles share, faded from one to the other
-SMALLEST: dict[Metric, int] = {"ssim": 11, "lpips": 32}  # pixels of the shorter side: SSIM's window, LPIPS's pooling
+LPIPS_SIDE = 32  # pixels of the shorter side that its backbones can pool
 GAP = 4  # white pixels between original and reconstruction
 
 
@@ -74,7 +75,7 @@ def reconstruct(
     bits = math.log2(tokenizer.quantizer.num_codes)
     measures = {  # before anything is made, for they may lack their networks' weights
         able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)
-        for able in {able_at(side, metrics) for side in (1, *SMALLEST.values())}
+        for able in {able_at(side, metrics) for side in (1, *map(smallest, metrics))}
     }
     rows: list[dict[str, Any]] = []
     with written_as_a_whole(output) as partial:
@@ -100,7 +101,12 @@ def reconstruct(
 
 def able_at(side: int, metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Those that can be formed of an image whose shorter side has `side` pixels."""
-    return tuple(metric for metric in metrics if side >= SMALLEST.get(metric, 1))
+    return tuple(metric for metric in metrics if side >= smallest(metric))
+
+
+def smallest(metric: Metric) -> int:
+    """Pixels of the shorter side."""
+    return LPIPS_SIDE if metric.startswith("lpips") else METRICS[metric].smallest
 
 
 def named_images(inputs: Sequence[Path]) -> dict[str, Path]:
@@ -184,7 +190,7 @@ def fade(part: slice, length: int) -> Tensor:
 def figures_of(metrics: Metrics, image: Tensor, reconstruction: Tensor) -> dict[str, float]:
     metrics.reset()
     no_codes = torch.empty(0, dtype=torch.int64, device=image.device)  # their use is not asked for
-    metrics.update(image, reconstruction, no_codes)
+    metrics.update(image, reconstruction, no_codes, torch.zeros(1, dtype=torch.int64))
     return metrics.compute()
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 
-from vqgan_accel.config import Config, WeightFiles, parse_config, save_config
+from vqgan_accel.config import UNITS, Config, WeightFiles, parse_config, save_config
 from vqgan_accel.describe import describe, description_lines
-from vqgan_accel.evaluation.evaluate import UNITS
 from vqgan_accel.files import require_absent, write_json, written_as_a_whole
 from vqgan_accel.models.opening import open_tokenizer
 from vqgan_accel.models.weights import state_hash

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from vqgan_accel.evaluation.evaluate import UNITS
+from vqgan_accel.config import UNITS
 from vqgan_accel.report.run import Points, Run
 
 WIDTH, HEIGHT = 380, 210  # units of the picture, near pixels

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vqgan_accel.config import LOWER_IS_BETTER, flat_config
+from vqgan_accel.config import LOWER_IS_BETTER, UNITS, flat_config
 from vqgan_accel.describe import describe
-from vqgan_accel.evaluation.evaluate import UNITS
 from vqgan_accel.report.run import Run, read_runs
 from vqgan_accel.words import duration
 

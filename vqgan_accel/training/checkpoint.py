@@ -9,6 +9,7 @@ step_00001000/
   NAME.safetensors      what a further loss of that name keeps
   progress.json         position, counters, results so far, use of the codes in the current epoch
   manifest.json         size and sha256 of every file above
+  validated.json        the best result, as the validation after this checkpoint has left it; it takes precedence
 
 A checkpoint is written aside, synced and renamed; only then `latest` moves and older ones go. Randomness is a
 function of position, so no random state is kept. Names with a leading dot are leftovers of an interruption, or
@@ -30,10 +31,11 @@ from safetensors import SafetensorError
 
 from vqgan_accel.files import point, sync, write_json
 from vqgan_accel.run_folder import BEST, LATEST, checkpoints, checkpoints_folder, step_name
-from vqgan_accel.training.state import Stateful
+from vqgan_accel.training.state import Progress, Stateful
 
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+VALIDATED = "validated.json"
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of folders on their way in and out
 
 
@@ -49,6 +51,8 @@ def read_state(state: dict[str, Stateful], folder: Path) -> None:
     """Fill `state` in place. ValueError where the checkpoint is of other networks than the config's."""
     try:
         notes = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        if (folder / VALIDATED).is_file():
+            notes |= json.loads((folder / VALIDATED).read_text(encoding="utf-8"))
         for part in state.values():
             part.read(folder, notes)
     except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
@@ -90,6 +94,15 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
             set_aside(path)
     remove_leftovers(folder)
     return final
+
+
+def note_validation(run: Path, progress: Progress) -> None:
+    """What the validation of a step that is saved already has changed. One process calls it."""
+    results = {name: getattr(progress, name) for name in ("best", "best_step", "validation_due")}
+    file = checkpoints_folder(run) / step_name(progress.step) / VALIDATED
+    write_json(file, results)
+    sync(file)
+    point_links(run, progress.step, progress.best_step)
 
 
 def point_links(run: Path, step: int, best_step: int | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vqgan_accel.distributed import num_processes, process_index, sum_over_processes
-from vqgan_accel.evaluation.metrics import codebook_usage, perplexity
+from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
 from vqgan_accel.models.quantizers import CodebookQuantizer, Quantizer, count_codes
 from vqgan_accel.training.state import Stateful
 

@@ -21,13 +21,14 @@ from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catc
 from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
 from vqgan_accel.run_folder import BEST, LATEST, checkpoints_folder
 from vqgan_accel.training.adversary import Adversary
-from vqgan_accel.training.checkpoint import save_checkpoint, write_state
+from vqgan_accel.training.checkpoint import note_validation, save_checkpoint, write_state
 from vqgan_accel.training.codebook import reinitialise_unused
 from vqgan_accel.training.learner import Learner
 from vqgan_accel.training.plan import Plan
 from vqgan_accel.training.round import Round, tokenizer_backward
 from vqgan_accel.training.setup import Run, open_run
 from vqgan_accel.training.tracking import log_line
+from vqgan_accel.training.validation import ValidationStopped
 
 
 def train(config: Config, resume: bool = False) -> Path:
@@ -50,18 +51,19 @@ def train(config: Config, resume: bool = False) -> Path:
 
 def train_to_the_end(run: Run, stop_request: StopRequest) -> Path:
     plan, progress = run.plan, run.progress
+    validate_if_due(run, stop_request)  # where the run was stopped before or in it
     while progress.step < plan.total_steps:
         taken = take_step(run, stop_request)
         values = taken.values | end_epoch(run, taken)
-        finished = progress.step == plan.total_steps
         report_step(run, values, taken.sound)
         if progress.bad_steps_in_a_row >= run.config.training.max_bad_steps:
             stop_diverged(run)
-        is_best = plan.validates_at(progress.step) and validate(run)
-        if is_best or taken.stop or plan.saves_at(progress.step):
-            save(run)
-        if taken.stop and not finished:
+        progress.validation_due = plan.validates_at(progress.step)
+        if taken.stop or plan.saves_at(progress.step):
+            save(run)  # before the validation, which may take longer than anybody grants
+        if taken.stop:
             stop_interrupted(run, stop_request)
+        validate_if_due(run, stop_request)
     decided_by_main(lambda: write_report(run))
     run.tracking.close()
     return run.folder
@@ -204,11 +206,31 @@ def report_step(run: Run, values: dict[str, float], sound: bool) -> None:
     tracking.say(log_line(step, plan.total_steps, values, clock, left))
 
 
-def validate(run: Run) -> bool:
+def validate_if_due(run: Run, stop_request: StopRequest) -> None:
+    """The validation that belongs to this step. A request to stop ends it between two batches; it is then done over
+    when the run goes on."""
+    progress = run.progress
+    if not progress.validation_due:
+        return
+    saved = run.saved_step == progress.step
+    try:
+        is_best = validate(run, stop_request)
+    except ValidationStopped:
+        if not saved:
+            save(run)
+        stop_interrupted(run, stop_request)
+    progress.validation_due = False
+    if saved:
+        decided_by_main(lambda: note_validation(run.folder, progress))
+    elif is_best:
+        save(run)
+
+
+def validate(run: Run, stop_request: StopRequest) -> bool:
     """Measure the (averaged) tokenizer on the whole validation split; True where it is the best so far."""
     progress, tracking, metric = run.progress, run.tracking, run.config.training.best_metric
     with run.pace.validation():
-        evaluation = run.validation.measure(run.networks.best_tokenizer)
+        evaluation = run.validation.measure(run.networks.best_tokenizer, stop_request)
     tracking.log(progress.step, {f"validation/{name}": value for name, value in evaluation.results.items()})
     listed = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.results.items())
     tracking.say(f"step {progress.step}: validation on {evaluation.num_images} images: {listed}")
@@ -239,6 +261,7 @@ def save(run: Run, extra: int = 0) -> None:
         )
 
     decided_by_main(write)
+    run.saved_step = progress.step
 
 
 def write_report(run: Run) -> None:

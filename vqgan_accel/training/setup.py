@@ -85,6 +85,7 @@ class Run:
     state: dict[str, Stateful]  # everything that a checkpoint holds
     tracking: Tracking
     pace: Pace
+    saved_step: int | None  # of the newest checkpoint
 
 
 @contextmanager
@@ -97,10 +98,14 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
         held.enter_context(arithmetic(config.training))
         run = set_up(config, resume, held)
         if run.accelerator.is_main_process:
-            held.enter_context(leaving_a_word(run.folder, lambda: run.progress.step == run.plan.total_steps))
+            held.enter_context(leaving_a_word(run.folder, lambda: is_done(run)))
         # the bar ends its line and the data workers end before an error is told
         with run.tracking.bar, closing(run.batches):
             yield run
+
+
+def is_done(run: Run) -> bool:
+    return run.progress.step == run.plan.total_steps and not run.progress.validation_due
 
 
 def set_up(config: Config, resume: bool, held: ExitStack) -> Run:
@@ -136,6 +141,7 @@ def set_up(config: Config, resume: bool, held: ExitStack) -> Run:
         state=state,
         tracking=Tracking(accelerator, config, ground.folder, progress.step, plan.total_steps),
         pace=Pace(accelerator.device, work_of(summary, plan), config.data, backend_of(config.data)),
+        saved_step=progress.step if ground.checkpoint else None,
     )
 
 

@@ -59,6 +59,7 @@ class Progress(Stateful):
     skipped_images: int = 0  # unreadable ones replaced under data.on_error=skip
     best: float | None = None  # training.best_metric so far
     best_step: int | None = None  # the step that had it
+    validation_due: bool = False  # of this step: it has not been done, or was stopped
     training_images: str = ""  # fingerprint of the split: in another one the position means other images
 
     def write(self, folder: Path, notes: dict[str, Any]) -> None:

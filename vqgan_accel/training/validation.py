@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,39 @@ from PIL import Image
 from vqgan_accel.compat import uncompiled
 from vqgan_accel.config import Config
 from vqgan_accel.data.views import Batch
-from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, fingerprint, protocol
+from vqgan_accel.distributed import num_processes, sum_over_processes
+from vqgan_accel.evaluation.comparable import fingerprint, protocol
+from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import reconstruction_grid
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import naming, write_json
+from vqgan_accel.interruption import StopRequest
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.run_folder import VALIDATION, picture_file
+
+
+class ValidationStopped(Exception):
+    """A process was asked to stop, and this validation has no result."""
+
+
+def until_stopped(
+    batches: Iterable[Batch], stop_request: StopRequest, device: torch.device
+) -> Generator[Batch, None, None]:
+    """This process's batches. Before each, and after the last until no process has any left, all of them ask one
+    another whether one is to stop."""
+    with closing(iter(batches)) as own:  # type: ignore[type-var]  # loaders' are generators
+        while True:
+            batch = next(own, None)
+            asked, left = bool(stop_request), batch is not None
+            if num_processes() > 1:
+                told = torch.tensor([asked, left], dtype=torch.int64)
+                asked, left = sum_over_processes(told.to(device)).tolist()
+            if asked:
+                raise ValidationStopped
+            if not left:
+                return
+            if batch is not None:
+                yield batch
 
 
 class Validation:
@@ -27,20 +55,25 @@ class Validation:
         self.config, self.batches, self.metrics, self.device = config, batches, metrics, device
         self.protocol: dict[str, Any] | None = None  # known from the first validation on
 
-    def measure(self, tokenizer: ImageTokenizer) -> Evaluation:
-        """Every process calls it and gets the same results."""
-        with uncompiled():  # or the last, smaller batch of the split would be compiled for
+    def measure(self, tokenizer: ImageTokenizer, stop_request: StopRequest) -> Evaluation:
+        """Every process calls it and gets the same results. ValidationStopped, on all of them, where one is asked to
+        stop."""
+        with (
+            uncompiled(),  # or the last, smaller batch of the split would be compiled for
+            closing(until_stopped(self.batches, stop_request, self.device)) as batches,
+        ):
             evaluation = evaluate_tokenizer(
                 tokenizer,
-                self.batches,
+                batches,
                 self.metrics,
                 self.device,
                 self.config.data.image_size,
                 self.config.evaluation.grid_images,
                 hash_pixels=self.protocol is None,
+                same_images=self.protocol is not None,
             )
         if self.protocol is None:
-            self.protocol = protocol(self.config, evaluation, self.metrics)
+            self.protocol = protocol(self.config, evaluation.num_images, evaluation.pixels_hash, self.metrics)
         return evaluation
 
     def record(self, run: Path, step: int, evaluation: Evaluation) -> Image.Image | None:

@@ -1,0 +1,1 @@
+"""The metrics, one class each; vqgan_accel/config/metrics.py lists them."""
