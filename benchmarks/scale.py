@@ -92,14 +92,13 @@ def epoch(folder: Path, workers: int) -> Numbers:
         for _ in range(2 * workers + 1):
             next(batches)
         pids = [worker.pid for worker in loader._iterator._workers]
-        main, before = megabytes(os.getpid(), "Pss"), [megabytes(pid, *KINDS) for pid in pids]
+        before = [megabytes(pid, *KINDS) for pid in pids]
         for _ in range(2 * workers + 1, steps):
             next(batches)
         growth = max(megabytes(pid, *KINDS) - first for pid, first in zip(pids, before, strict=True))
         return {
             "a worker's own memory, MB more after an epoch": growth,
             "a worker, PSS after an epoch, MB": max(megabytes(pid, "Pss") for pid in pids),
-            "main process, MB more after an epoch": megabytes(os.getpid(), "Pss") - main,
         }
 
 
