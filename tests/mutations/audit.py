@@ -153,7 +153,10 @@ AUDIT = [
         "decoded pixels are clipped to [0, 1]",
     ),
     Mutant(
-        "evaluation/metrics.py", "antialias=False, ", "antialias=True, ", "FID with another resize than everybody's"
+        "evaluation/networks.py",
+        "file, antialias=False",
+        "file, antialias=True",
+        "FID with another resize than everybody's",
     ),
     Mutant(
         "training/codebook.py", "vectors + PERTURBATION * spread * noise", "vectors", "revived codes are exact copies"
