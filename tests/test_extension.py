@@ -1,4 +1,4 @@
-"""A new quantizer, discriminator, loss term and data source: each is one file and one line.
+"""A new quantizer, discriminator, loss term, metric and data source: each is one file and one line.
 
 A copy of the package gets a file for each, as docs/extending.md has them, and has one line changed for each. What comes
 out trains, resumes bit for bit, describes, validates and tokenizes like what the package came with.
@@ -40,6 +40,11 @@ LINES = {
         "class LossConfig(Section):\n"
         "    anchors: AnchorsConfig | None = None",
     ),
+    "config/metrics.py": (
+        "METRICS: dict[str, MetricEntry] = {",
+        "METRICS: dict[str, MetricEntry] = {\n"
+        '    "edges": MetricEntry("vqgan_accel.evaluation.measures.edges.Edges", {"edges": LOWER}),\n',
+    ),
     "data/sources.py": ("SOURCES = {", 'SOURCES = {\n    "gradients": "vqgan_accel.data.gradients",'),
 }
 
@@ -52,18 +57,19 @@ losses: {perceptual_weight: 0, anchors: {weight: 0.5}}
 discriminator: {type: patches, r1_weight: 1.0, r1_every: 2, adaptive_weight: true, weight: 0.8, start: 1 step}
 training:
   {max_steps: 6, total_batch_size: 4, gradient_accumulation_steps: 2, base_lr: 0.01, ema_decay: 0.5, log_every: 1,
-   validate_every: 100 steps, checkpoint_every: 3 steps, keep_checkpoints: 9}
+   validate_every: 100 steps, checkpoint_every: 3 steps, keep_checkpoints: 9, validation_metrics: [edges],
+   best_metric: edges}
 evaluation: {metrics: [psnr, codebook], batch_size: 2}
 """
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a package that has all four."""
+    """A folder with a package that has all five."""
     folder = tmp_path_factory.mktemp("extended")
     copy = folder / "vqgan_accel"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    assert len(FILES) == len(LINES) == 4
+    assert len(FILES) == len(LINES) == 5
     for name, text in FILES.items():
         (copy / name).write_text(text)
     for name, (line, changed) in LINES.items():
@@ -113,7 +119,9 @@ def runs(extended: Path) -> dict[str, Path]:
 
         print("keys", {"quantizer.dimensions", "losses.anchors.weight", "discriminator.channels"} <= set(config_keys()))
         print("parameters", describe(config)["parameters"]["discriminator"])
-        print("psnr", evaluate("whole", overrides=["evaluation.split=test"])["results"]["psnr"])
+        more = ["evaluation.split=test", "evaluation.metrics=[psnr, edges]"]
+        results = evaluate("whole", overrides=more)["results"]
+        print("psnr", results["psnr"], "edges", sorted(results), results["edges"] > 0)
         print("rows", tokenize("whole", output="tokens")["rows"])
         saved = load_tokenizer("whole")
         for change in ("quantizer.pull=9", "quantizer.scale=2", "quantizer.dimensions=4"):
@@ -153,6 +161,7 @@ def test_everything_else_knows_them_too(runs: dict[str, Path]) -> None:
         "keys True",
         f"parameters {3 * 16 * 8 + 8 + 8 * 16 + 1}",
         "rows 8",
+        "edges ['edges', 'psnr', 'psnr_per_image'] True",
         "layout []",  # how hard latents are pulled does not change what a code means
         "layout ['quantizer.scale (1.0)']",
         "layout ['quantizer.dimensions (3)']",

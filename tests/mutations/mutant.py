@@ -66,7 +66,12 @@ TESTS = {
     "data/lanes.py": ("test_data_stream.py",),
     "evaluation/reconstruct.py": ("test_reconstruct.py",),
     "evaluation/pixels.py": ("test_protocols.py",),
-    "evaluation/*": ("test_metrics.py", "test_evaluation.py"),
+    "evaluation/measures/*": ("test_measures.py", "test_metrics.py"),
+    "evaluation/reference.py": ("test_reference.py",),
+    "evaluation/keeping.py": ("test_reference.py",),
+    "evaluation/*": ("test_metrics.py", "test_measures.py", "test_reference.py", "test_evaluation.py"),
+    "models/efficientnet.py": ("test_measures.py",),
+    "models/dinov2.py": ("test_measures.py",),
     "config/metrics.py": ("test_training.py", "test_report.py"),
     "config/*": ("test_config.py", "test_sections.py", "test_plan.py", "test_plain_trainer.py"),
 }

