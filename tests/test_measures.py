@@ -346,6 +346,14 @@ def test_convolutions_are_padded_as_tensorflow_pads(size: int, kernel: int, stri
     assert expected.shape[2:] == (out, out) and torch.equal(convolution(x), expected)
 
 
+def test_efficientnet_sees_pixels_as_it_was_trained() -> None:
+    network, seen = random_efficientnet(), []
+    network._conv_stem.register_forward_hook(lambda module, given, output: seen.append(given[0]))
+    levels = torch.arange(192, dtype=torch.float32).view(1, 3, 8, 8)
+    network(levels / 127.5 - 1)
+    torch.testing.assert_close(seen[0], (levels - 127) / 128)
+
+
 def test_efficientnets_metrics_are_lpips_construction_and_a_frechet_distance_of_its_features(
     efficientnet_file: Path,
 ) -> None:
