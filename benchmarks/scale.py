@@ -1,7 +1,7 @@
 """What grows with the number of images: seconds and memory of listing, starting, an epoch, resuming, evaluating.
 
-    python benchmarks/scale.py [--images 10000 100000] [--parts listing start epoch order evaluate tokenize data-info]
-                               [--workers 2]
+    python benchmarks/scale.py [--images 10000 100000] [--workers 2]
+                               [--parts listing start epoch order steps evaluate tokenize data-info]
 
 The images are links to a few JPEG files of 16 px in 1000 folders, named as ImageNet's are; networks are as small as
 they may be: what is measured is the program around them. Each part runs in a process of its own. Seconds are the
@@ -30,6 +30,7 @@ from PIL import Image
 FOLDERS = 1000
 LINKS = 30_000  # to a file; ext4 has no more than 65,000
 SEED, BATCH, SIZE = 0, 256, 16  # pixels
+STEPS = 5000  # of a training
 Numbers = dict[str, float]
 
 
@@ -116,6 +117,29 @@ def order(folder: Path, workers: int) -> Numbers:
     return {"an epoch's order, s": drawn - began, "resuming in its middle, s": time.process_time() - drawn}
 
 
+def steps(folder: Path, workers: int) -> Numbers:
+    """Of a training, from the steps after its first 1,000 to its last: nothing in it may grow."""
+    from vqgan_accel.interruption import StopRequest
+    from vqgan_accel.training.loop import end_epoch, report_step, take_step
+    from vqgan_accel.training.setup import open_run
+
+    training = {"max_steps": STEPS, "total_batch_size": 8, "log_every": 10}
+    config = config_of(folder, workers, training=training, output_dir=str(folder.parent / "run"))
+    ends, memory = [time.perf_counter()], []
+    with open_run(config) as run:
+        for step in range(1, STEPS + 1):
+            taken = take_step(run, StopRequest())
+            report_step(run, taken.values | end_epoch(run, taken), taken.sound)
+            if step % 1000 == 0:
+                ends.append(time.perf_counter())
+                memory.append(megabytes(os.getpid(), *KINDS))
+    return {
+        "steps 1,001 to 2,000, ms each (wall)": ends[2] - ends[1],
+        f"the last 1,000 of {STEPS:,}, ms each (wall)": ends[-1] - ends[-2],
+        "main process, MB more from step 1,000 to the last": memory[-1] - memory[0],
+    }
+
+
 def evaluate(folder: Path, workers: int) -> Numbers:
     from vqgan_accel import evaluate as measure
 
@@ -144,6 +168,7 @@ PARTS: dict[str, Callable[[Path, int], Numbers]] = {
     "start": start,
     "epoch": epoch,
     "order": order,
+    "steps": steps,
     "evaluate": evaluate,
     "tokenize": tokenize,
     "data-info": data_info,
@@ -160,15 +185,16 @@ def megabytes(pid: int, *kinds: str) -> float:
     return sum(int(size.split()[0]) for size in lines.values()) / 1024
 
 
-def config_of(folder: Path, workers: int):  # type: ignore[no-untyped-def]
+def config_of(folder: Path, workers: int, **more: object):  # type: ignore[no-untyped-def]
     from vqgan_accel.config import parse_config
 
     networks = {
         "autoencoder": {"channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1},
         "quantizer": {"type": "standard", "num_codes": 64, "embedding_dim": 8},
+        "losses": {"perceptual_weight": 0},
         "training": {"max_steps": 1},
     }
-    return parse_config(settings(folder, workers) | networks)
+    return parse_config(settings(folder, workers) | networks | more)
 
 
 def as_overrides(folder: Path, workers: int) -> list[str]:

@@ -5,8 +5,9 @@
 One real step under DDP on this CPU notes when each gradient bucket of each network is ready, as a share of its backward
 pass, and how large it is. A simulated network then sends the buckets one after another while an assumed GPU computes: a
 bucket begins when it is ready and the one before it has gone; what is still on its way when the backward pass ends is
-waited for. An all-reduce of n bytes over P processes takes 2 (P - 1) / P n / bandwidth and a latency. Everything about
-GPUs here is an assumption, printed with the result; nothing of it was measured.
+waited for. An all-reduce of n bytes over P processes takes 2 (P - 1) / P n / bandwidth and a latency. What else an
+update sends is small and waited for: a latency each. Everything about GPUs here is an assumption, printed with the
+result; nothing of it was measured.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from vqgan_accel.losses.perceptual import perceptual_shell
 from vqgan_accel.models.build import build_discriminator, build_tokenizer
 
 IMAGES_PER_GPU = 32
+OTHER_REDUCTIONS = 6  # of an update, at most: losses, lambda's two gradients, use of the codes, EMA's counts and sums
 GPU_RATES = {"as the seed ran": 50e12, "fast": 125e12}  # FLOP/s: 10.2 A100-hours an epoch; 40 % of an A100's bf16 rate
 
 
@@ -43,6 +45,8 @@ WIRES = [
     Wire("8 A100, NVLink", 8, 200e9, 50e-6),
     Wire("8 x 8, 8 HDR InfiniBand ports a node", 64, 150e9, 100e-6),
     Wire("8 x 8, 1 HDR InfiniBand port a node", 64, 20e9, 100e-6),
+    Wire("128 x 8, 8 HDR InfiniBand ports a node", 1024, 150e9, 400e-6),
+    Wire("128 x 8, 1 HDR InfiniBand port a node", 1024, 20e9, 400e-6),
 ]
 
 
@@ -131,28 +135,36 @@ def main() -> None:
 
     config = load_config(arguments.config)
     (alone, _), (first, second) = (
-        [
-            IMAGES_PER_GPU * 1e9 * counted(half)
-            for half in halves(config, case, build(config, case, COUNTED), plain=False)
-        ]
+        [1e9 * counted(half) for half in halves(config, case, build(config, case, COUNTED), plain=False)]
         for case in (CASES[0], CASES[3])  # the tokenizer by itself, and with the adaptive weight
     )
-    backwards = {"tokenizer": alone[1], "discriminator": second[1]}  # FLOP
+    backwards = {"tokenizer": alone[1], "discriminator": second[1]}  # FLOP an image
     total = (first + second).sum()
-    print(f"\nassumed: {IMAGES_PER_GPU} images of {config.data.image_size} px a GPU, {total / 1e12:.1f} TFLOP a step")
+    print(
+        f"\nassumed: {total / 1e12:.3f} TFLOP an image of {config.data.image_size} px, at a rate that few images keep"
+    )
     for name, rate in GPU_RATES.items():
         print(f"  a GPU '{name}': {rate / 1e12:.0f} TFLOP/s")
     for wire in WIRES:
         print(f"  {wire.name}: {wire.bandwidth / 1e9:.0f} GB/s, {1e6 * wire.latency:.0f} us an all-reduce")
-    print(f"\n{'predicted':40}{'GPU':>17}{'step, ms':>10}{'sent, ms':>10}{'waited, ms':>12}{'efficiency':>12}")
-    for wire in WIRES:
-        for name, rate in GPU_RATES.items():
-            step = total / rate
-            sent = sum(sending(bucket, wire) for found in buckets.values() for bucket in found)
-            late = sum(waited(found, backwards[network] / rate, wire) for network, found in buckets.items())
-            late += 2 * wire.latency  # the adaptive weight's two gradients, and the losses: small, and waited for
-            figures = f"{1e3 * step:10.0f}{1e3 * sent:10.1f}{1e3 * late:12.2f}{step / (step + late):12.1%}"
-            print(f"{wire.name:40}{name:>17}{figures}")
+    group, batch = config.discriminator.group[1] if config.discriminator else 1, config.training.total_batch_size
+    for title, images in (
+        (f"{IMAGES_PER_GPU} images a GPU", lambda processes: IMAGES_PER_GPU),
+        (f"the recipe's {batch} images in all", lambda processes: batch // processes),
+    ):
+        print(f"\n{title:40}{'GPU':>17}{'step, ms':>10}{'sent, ms':>10}{'waited, ms':>12}{'efficiency':>12}")
+        for wire in WIRES:
+            number = images(wire.processes)
+            if number < group:
+                print(f"{wire.name:40}{f'{number} images a GPU, and {group} are compared with one another':>61}")
+                continue
+            for name, rate in GPU_RATES.items():
+                step = number * total / rate
+                sent = sum(sending(bucket, wire) for found in buckets.values() for bucket in found)
+                late = sum(waited(found, number * backwards[each] / rate, wire) for each, found in buckets.items())
+                late += OTHER_REDUCTIONS * wire.latency
+                figures = f"{1e3 * step:10.0f}{1e3 * sent:10.1f}{1e3 * late:12.2f}{step / (step + late):12.1%}"
+                print(f"{wire.name:40}{name:>17}{figures}")
 
 
 if __name__ == "__main__":
