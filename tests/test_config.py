@@ -451,6 +451,9 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
             quantizer |= {"entropy_ratio": draw(fractions), "entropy_target": target}
         case "gumbel":
             quantizer |= {"kl_warmup": draw(durations), "straight_through": draw(st.booleans())}
+            quantizer["hidden_channels"] = draw(
+                st.integers(1, 9) | st.just(None if quantizer["num_codes"] < 46_000 else 1)
+            )
     rounds = draw(st.integers(1, 4))
     return {
         "output_dir": draw(names.filter(bool)),
