@@ -99,7 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(validating(folder))
 
 
-NOT_THESE = [0, 1, 2, 4, 6, 7, 8, 9, 10, 11, 13]  # of the 14 places
+NOT_THESE = [0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 13]  # of the 14 places
 
 
 def same_end(run: Path, whole: Path) -> None:
@@ -109,7 +109,7 @@ def same_end(run: Path, whole: Path) -> None:
     assert (run / "checkpoints" / "best").resolve().name == (whole / "checkpoints" / "best").resolve().name
 
 
-@pytest.mark.parametrize("times", [3, 5, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in NOT_THESE)])
+@pytest.mark.parametrize("times", [3, 6, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in NOT_THESE)])
 def test_wherever_it_is_asked_to_stop_it_stops_there_and_ends_as_the_undisturbed_run(times: int, whole: Path) -> None:
     config = validating(whole.parent.parent / f"asked-{times}")
     told = pytest.raises(TrainingInterruptedError, match=f"after step {STEPS[times]} of 5, which is saved")
