@@ -127,6 +127,12 @@ STEPS = [1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5]
 DONE = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
+def test_a_finished_run_that_is_resumed_does_nothing_again(whole: Path) -> None:
+    log = (whole / "metrics.jsonl").read_bytes()
+    same_end(train(validating(whole.parent), resume=True), whole)
+    assert (whole / "metrics.jsonl").read_bytes() == log
+
+
 class Breaking:
     """Batches of a validation, of which the second one does not come any more after `number` whole validations."""
 

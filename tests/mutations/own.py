@@ -1655,13 +1655,13 @@ OWN = [
         "a validation is done again where it was done",
     ),
     Mutant("data/protocols.py", 'True, False, "gaussian_signed"', 'True, True, "gaussian_signed"', "8-bit SSIM"),
-    Mutant(
-        "data/crops.py", "scale = 1 / (wanted / length)", "scale = length / wanted", "OpenCV's scale, rounded otherwise"
-    ),
+    Mutant("data/crops.py", "across[below] >> 4", "across[below]", "OpenCV's sums keep their last bits"),
     Mutant(
         "data/crops.py", "while min(image.size) >= 2 * size", "while min(image.size) > 2 * size", "ADM halves once less"
     ),
-    Mutant("data/crops.py", "shares[outside] = 0", "pass", "OpenCV's border pixel with a share of what is outside"),
+    Mutant(
+        "data/crops.py", "(before + 1).clip(0, length - 1)", "(before + 1) % length", "OpenCV's border wraps around"
+    ),
     Mutant("evaluation/pixels.py", "(127.5 * images + 128)", "(127.5 * images + 127.5)", "ADM's levels, truncated"),
     Mutant("evaluation/pixels.py", "size**2 / (size**2 - 1)", "1.0", "scikit-image's SSIM with biased variances"),
     Mutant(

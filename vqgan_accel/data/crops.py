@@ -132,28 +132,18 @@ def opencv_linear(image: NDArray[np.uint8], width: int, height: int) -> NDArray[
     if (rows, columns) == (2 * height, 2 * width):  # it takes the mean of four
         sums = values[::2, ::2] + values[::2, 1::2] + values[1::2, ::2] + values[1::2, 1::2]
         return ((sums + 2) >> 2).astype(np.uint8)
-    left, shares = _taps(columns, width)
-    outside = (left < 0) | (left >= columns - 1)
-    shares[outside] = 0  # along rows a pixel outside has no share; along columns the border's pixel is taken twice
-    left, right = left.clip(0, columns - 1), (left + 1).clip(0, columns - 1)
-    right_weights, left_weights = _weights(shares)
+    left, right, left_weights, right_weights = _taps(columns, width)
     across = values[:, left] * left_weights[None, :, None] + values[:, right] * right_weights[None, :, None]
-    above, shares = _taps(rows, height)
-    below_weights, above_weights = _weights(shares)
-    upper, lower = across[above.clip(0, rows - 1)] >> 4, across[(above + 1).clip(0, rows - 1)] >> 4
+    above, below, above_weights, below_weights = _taps(rows, height)
+    upper, lower = across[above] >> 4, across[below] >> 4
     sums = (upper * above_weights[:, None, None] >> 16) + (lower * below_weights[:, None, None] >> 16)
     return ((sums + 2) >> 2).astype(np.uint8)
 
 
-def _taps(length: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(wanted,) the pixel before each new one's centre, which may lie outside, and the share of the one behind it."""
-    scale = 1 / (wanted / length)  # not length / wanted, which may differ in its last bit
-    places = ((np.arange(wanted) + 0.5) * scale - 0.5).astype(np.float32)
-    before = np.floor(places)
-    return before.astype(np.int64), places - before
-
-
-def _weights(shares: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of the pixel behind and of the one before."""
-    behind, before = (np.rint(part * np.float32(2**CV_BITS)).astype(np.int64) for part in (shares, 1 - shares))
-    return behind, before
+def _taps(length: int, wanted: int) -> tuple[NDArray[np.int64], ...]:
+    """(wanted,) of each new pixel the two old ones that it lies between, the border's own twice, and their weights."""
+    places = ((np.arange(wanted) + 0.5) * (length / wanted) - 0.5).astype(np.float32)
+    before = np.floor(places).astype(np.int64)
+    shares = places - np.floor(places)
+    weights = (np.rint(part * np.float32(2**CV_BITS)).astype(np.int64) for part in (1 - shares, shares))
+    return before.clip(0, length - 1), (before + 1).clip(0, length - 1), *weights
