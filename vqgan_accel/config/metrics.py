@@ -36,9 +36,8 @@ METRICS: dict[str, MetricEntry] = {  # docs/evaluation.md defines each
     "l2": MetricEntry(f"{_MEASURES}.pixels.L2", {"l2": LOWER}),
     "psnr": MetricEntry(f"{_MEASURES}.pixels.PSNR", {"psnr": DECIBEL, "psnr_per_image": DECIBEL}),
     "ssim": MetricEntry(f"{_MEASURES}.pixels.SSIM", {"ssim": HIGHER}, smallest=11),  # window
-    "ms_ssim": MetricEntry(
-        f"{_MEASURES}.pixels.MSSSIM", {"ms_ssim": HIGHER}, smallest=176
-    ),  # halved four times, its window
+    # of images that are halved four times its window is left
+    "ms_ssim": MetricEntry(f"{_MEASURES}.pixels.MSSSIM", {"ms_ssim": HIGHER}, smallest=176),
     "lpips": MetricEntry(f"{_MEASURES}.pairs.LPIPS", {"lpips": LOWER}),
     "lpips_vgg": MetricEntry(f"{_MEASURES}.pairs.LPIPSVGG", {"lpips_vgg": LOWER}),
     "lpips_alex": MetricEntry(f"{_MEASURES}.pairs.LPIPSAlex", {"lpips_alex": LOWER}),

@@ -13,7 +13,7 @@ from vqgan_accel.config.losses import LossConfig
 from vqgan_accel.config.metrics import METRICS, MetricNames
 from vqgan_accel.config.quantizers import QuantizerField, StandardQuantizerConfig
 from vqgan_accel.config.training import TrainingConfig
-from vqgan_accel.data.protocols import PROTOCOLS
+from vqgan_accel.data.protocols import PROTOCOLS, Protocol
 from vqgan_accel.sections import OneOf, Section
 
 
@@ -43,6 +43,11 @@ class EvaluationConfig(Section):
         "as ADM's takes it, or PNGs in reconstructions/",
     )
     grid_images: int = Field(8, ge=0, description="originals over reconstructions in the picture")
+
+    @property
+    def rules(self) -> Protocol:
+        """What `protocol` stands for."""
+        return PROTOCOLS[self.protocol]
 
 
 class WeightFiles(Section):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.data.opening import evaluation_loader, open_source, require_apart
-from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
@@ -46,7 +45,7 @@ def codebook(
     require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
     counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
-    crop = PROTOCOLS[config.evaluation.protocol].crop
+    crop = config.evaluation.rules.crop
     for batch in evaluation_loader(
         source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False, crop=crop
     ):

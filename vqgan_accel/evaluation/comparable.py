@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vqgan_accel.config import Config
 from vqgan_accel.data.crops import CROPS
-from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.evaluation.metrics import Metrics
 
 ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
@@ -20,7 +19,7 @@ ARITHMETIC = "float32, IEEE"  # of the tokenizer and of the metrics' networks
 def protocol(config: Config, num_images: int, images_hash: str, metrics: Metrics) -> dict[str, Any]:
     """All that decides a number besides the tokenizer. Two evaluations compare if and only if their fingerprints are
     equal."""
-    settings, rules = config.evaluation, PROTOCOLS[config.evaluation.protocol]
+    settings, rules = config.evaluation, config.evaluation.rules
     return pictures_protocol(config) | {
         "num_images": num_images,
         "psnr_in_8_bits": rules.eight_bit_psnr,
@@ -43,7 +42,7 @@ def fingerprint(protocol: dict[str, Any]) -> str:
 
 def pictures_protocol(config: Config) -> dict[str, Any]:
     """The part of it that decides the features of images: what a reference must have been made with."""
-    rules = PROTOCOLS[config.evaluation.protocol]
+    rules = config.evaluation.rules
     crop = CROPS[rules.crop]
     return {
         "image_size": config.data.image_size,

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import UNITS, Config, Metric
-from vqgan_accel.data.opening import count_images, evaluation_loader, open_source, require_apart
-from vqgan_accel.data.protocols import PROTOCOLS
+from vqgan_accel.data.opening import count_images, open_source, require_apart
 from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
@@ -27,7 +26,7 @@ from vqgan_accel.evaluation.figures import codebook_histogram, reconstruction_gr
 from vqgan_accel.evaluation.keeping import Kept, keeping
 from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
 from vqgan_accel.evaluation.metrics import Metrics
-from vqgan_accel.evaluation.reference import open_reference
+from vqgan_accel.evaluation.reference import open_reference, share_of
 from vqgan_accel.files import write_json
 from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.precision import ieee_float32
@@ -163,16 +162,11 @@ def open_measurement(
 ) -> tuple[Metrics, Iterable[Batch]]:
     """What `evaluate_tokenizer` takes: the metrics, and this process's share of the images. ValueError or
     FileNotFoundError where a metric's network or the reference is missing, or there are too few images for one."""
-    settings, device = config.evaluation, accelerator.device
-    metrics = Metrics(names, num_codes, settings, config.weights, device)
+    metrics = Metrics(names, num_codes, config.evaluation, config.weights, accelerator.device)
     if (number := count_images(source)) is not None:
         metrics.require(number)
     open_reference(config, metrics, accelerator)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    crop = PROTOCOLS[settings.protocol].crop
-    return metrics, evaluation_loader(
-        source, config.data, settings.batch_size, rank, ranks, pin_memory=device.type == "cuda", crop=crop
-    )
+    return metrics, share_of(source, config, accelerator)
 
 
 def results_folder(model: str | Path, opened: Opened) -> Path:

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgan_accel.config import EvaluationConfig
-from vqgan_accel.data.protocols import PROTOCOLS
-from vqgan_accel.evaluation.pixels import LEVELS
+from vqgan_accel.evaluation.pixels import reconstruction_levels
 from vqgan_accel.files import naming
 
 NAME = "reconstructions"
@@ -27,11 +26,11 @@ class Kept:
 
     def __init__(self, settings: EvaluationConfig, folder: Path) -> None:
         self.folder, self.kind = folder, settings.save_reconstructions
-        self.to_levels = LEVELS[PROTOCOLS[settings.protocol].levels][1]
+        self.protocol = settings.rules
 
     def add(self, reconstructions: Tensor, positions: Tensor) -> None:
         """reconstructions (B, 3, H, W) in [-1, 1] of the images at `positions` (B,) of the split"""
-        levels = self.to_levels(reconstructions.clamp(-1, 1)).permute(0, 2, 3, 1).cpu().numpy()
+        levels = reconstruction_levels(self.protocol, reconstructions).permute(0, 2, 3, 1).cpu().numpy()
         with naming(self.folder):
             for image, position in zip(levels, positions.tolist(), strict=True):
                 file = self.folder / f"{position:08}"

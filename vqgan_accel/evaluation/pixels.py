@@ -65,8 +65,13 @@ class Pixels(NamedTuple):
 
 def pixels_of(protocol: Protocol, images: Tensor, reconstructions: Tensor) -> Pixels:
     """Both (B, 3, H, W) in [-1, 1]."""
-    of_originals, of_reconstructions = LEVELS[protocol.levels]
-    return Pixels(images, reconstructions, of_originals(images), of_reconstructions(reconstructions))
+    of_originals, _ = LEVELS[protocol.levels]
+    return Pixels(images, reconstructions, of_originals(images), reconstruction_levels(protocol, reconstructions))
+
+
+def reconstruction_levels(protocol: Protocol, reconstructions: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) of what a network made, clipped to [-1, 1]"""
+    return LEVELS[protocol.levels][1](reconstructions.clamp(-1, 1))
 
 
 # ---- SSIM

@@ -7,7 +7,7 @@ the images have classes. It ranks tokenizers of the same data and grid; it is no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ def probe(
     steps: int = 2000,
     samples: int = 64,
     seed: int = 0,
-    overrides: tuple[str, ...] | list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> dict[str, float]:
     """Write output/probe.json and output/samples.png, and return what the first holds.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config, parse_config
 from vqgan_accel.data.opening import evaluation_loader, open_source
-from vqgan_accel.data.protocols import PROTOCOLS
+from vqgan_accel.data.source import ImageSource
 from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.collected import Moments, sums_of
@@ -26,6 +26,9 @@ from vqgan_accel.evaluation.measures.frechet import Frechet, gaussian
 from vqgan_accel.evaluation.metrics import Metrics, measure_class
 from vqgan_accel.files import naming
 from vqgan_accel.models.precision import ieee_float32
+
+if TYPE_CHECKING:
+    from vqgan_accel.data.stream import StreamSource
 
 KEY = "evaluation.reference"
 
@@ -48,15 +51,19 @@ def open_reference(config: Config, metrics: Metrics, accelerator: Accelerator) -
 
 def images_of(config: Config, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's share of evaluation.split of data.path."""
-    settings = config.evaluation
-    yield from evaluation_loader(
-        open_source(config.data, settings.split),
+    yield from share_of(open_source(config.data, config.evaluation.split), config, accelerator)
+
+
+def share_of(source: ImageSource | StreamSource, config: Config, accelerator: Accelerator) -> Iterable[Batch]:
+    """What this process measures of it: as evaluation.protocol crops, evaluation.batch_size at a time."""
+    return evaluation_loader(
+        source,
         config.data,
-        settings.batch_size,
+        config.evaluation.batch_size,
         accelerator.process_index,
         accelerator.num_processes,
-        pin_memory=False,
-        crop=PROTOCOLS[settings.protocol].crop,
+        pin_memory=accelerator.device.type == "cuda",
+        crop=config.evaluation.rules.crop,
     )
 
 

@@ -29,7 +29,6 @@ from vqgan_accel.accelerator import start_accelerator
 from vqgan_accel.config import Config
 from vqgan_accel.data.crops import CROPS, TEN_CROP_SCALE, VIEWS, views_of
 from vqgan_accel.data.opening import open_indexed, require_apart, split_of, views_loader
-from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.data.source import ImageSource, Labels, in_utf8
 from vqgan_accel.data.views import Batch, Failure, read_image, to_float
 from vqgan_accel.distributed import decided_by_main
@@ -118,7 +117,7 @@ def write_shards(
     shards = {number: range(number * size, min((number + 1) * size, len(source))) for number in numbers}
     # made when they are asked for: as lists all of them are half a gigabyte of 14 million images
     wanted = (images for shard in shards.values() for images in batches_of(shard, batch))
-    crop = PROTOCOLS[job.config.evaluation.protocol].crop
+    crop = job.config.evaluation.rules.crop
     views, pin_memory = partial(views_of, crop=crop, kind=job.views), device.type == "cuda"
     loader = views_loader(source, job.config.data, wanted, views, pin_memory)
     job.tokenizer.to(device)
@@ -157,7 +156,7 @@ def manifest_of(job: Job) -> dict[str, Any]:
     """All that decides the rows, and what they are."""
     tokenizer, config, source, labels, views = job
     side = config.data.image_size // tokenizer.stride
-    crop = CROPS[PROTOCOLS[config.evaluation.protocol].crop]
+    crop = CROPS[config.evaluation.rules.crop]
     return {
         "tokenizer_sha256": state_hash(tokenizer),
         "tokenizer": tokenizer.settings.model_dump(mode="json"),

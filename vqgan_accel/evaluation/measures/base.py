@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vqgan_accel.config import EvaluationConfig
-from vqgan_accel.data.protocols import PROTOCOLS
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.collected import Moments, Samples
 from vqgan_accel.evaluation.networks import Networks
@@ -43,7 +42,7 @@ class Seen:
         tokenizer: ImageTokenizer | None,
     ) -> None:
         """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w), positions (B,) in the split."""
-        self.setting, self.protocol = setting, PROTOCOLS[setting.config.protocol]
+        self.setting, self.protocol = setting, setting.config.rules
         self.images, self.reconstructions = images, reconstructions.clamp(-1, 1)
         self.codes, self.positions, self.tokenizer = codes, positions, tokenizer
         self.pixels: Pixels = pixels_of(self.protocol, images, self.reconstructions)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqgan_accel.evaluation.measures.base import Seen, Setting, Side
 from vqgan_accel.evaluation.measures.frechet import Frechet
-from vqgan_accel.evaluation.pixels import LEVELS
+from vqgan_accel.evaluation.pixels import reconstruction_levels
 from vqgan_accel.models.quantizers import Quantizer
 from vqgan_accel.randomness import PERTURBATION, position_seed
 
@@ -45,7 +45,7 @@ def perturbed(seen: Seen) -> Tensor:
     assert tokenizer is not None, "pfid decodes other codes"
     vectors = code_vectors(tokenizer.quantizer, seen.codes.device)
     codes = perturbed_codes(seen.codes, seen.positions, vectors, config.pfid_rate, config.pfid_neighbours)
-    return LEVELS[seen.protocol.levels][1](tokenizer.decode_own(codes).clamp(-1, 1))
+    return reconstruction_levels(seen.protocol, tokenizer.decode_own(codes))
 
 
 class PFID(Frechet):
