@@ -120,8 +120,9 @@ def order(folder: Path, workers: int) -> Numbers:
 def steps(folder: Path, workers: int) -> Numbers:
     """Of a training, from the steps after its first 1,000 to its last: nothing in it may grow."""
     from vqgan_accel.interruption import StopRequest
-    from vqgan_accel.training.loop import end_epoch, report_step, take_step
+    from vqgan_accel.training.loop import report_step, take_step
     from vqgan_accel.training.setup import open_run
+    from vqgan_accel.training.upkeep import look_after_codes
 
     training = {"max_steps": STEPS, "total_batch_size": 8, "log_every": 10}
     config = config_of(folder, workers, training=training, output_dir=str(folder.parent / "run"))
@@ -129,7 +130,7 @@ def steps(folder: Path, workers: int) -> Numbers:
     with open_run(config) as run:
         for step in range(1, STEPS + 1):
             taken = take_step(run, StopRequest())
-            report_step(run, taken.values | end_epoch(run, taken), taken.sound)
+            report_step(run, taken.values | look_after_codes(run, taken.rounds), taken.sound)
             if step % 1000 == 0:
                 ends.append(time.perf_counter())
                 memory.append(megabytes(os.getpid(), *KINDS))

@@ -180,8 +180,8 @@ class PlainTrainer:
         share = self.use[self.use > 0] / self.use.sum()
         values = {"epoch_perplexity": math.exp(-(share * share.log()).sum())}
         values["epoch_codebook_usage"] = 100 * len(share) / len(self.use)
-        every = getattr(self.config.quantizer, "reinit_every_epochs", None)
-        if every and (step + 1) % (every * self.steps_per_epoch) == 0:
+        every = getattr(self.config.quantizer, "reinit_every", None)
+        if every and (step + 1) % (every.value * self.steps_per_epoch) == 0:
             draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
             assert isinstance(self.quantizer, NearestCode)
             values["reinitialised_codes"] = self.quantizer.replace_unused(self.use, latents, draw)

@@ -44,7 +44,7 @@ OVERFLOWS: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, float]]] = {
 
 def config_that_overflows(folder: Path, settings: dict[str, Any], weights: dict[str, float]) -> Config:
     training = {"log_every": 1, "ema_decay": 0.5, "validate_every": "100 steps"}
-    config = config_with_start(folder, settings | {"training": training, "quantizer": {"reinit_every_epochs": 1}})
+    config = config_with_start(folder, settings | {"training": training, "quantizer": {"reinit_every": "1 epoch"}})
     for path, value in weights.items():
         file, name = path.split(":")
         found = {key: tensor.clone() for key, tensor in load_file(folder / "start" / file).items()}

@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from vqgan_accel.models.quantizers import CodebookQuantizer, EMAQuantizer, StandardQuantizer
+from vqgan_accel.sections import Duration, Reinit
 from vqgan_accel.training import codebook
 from vqgan_accel.training.codebook import (
     CodebookUsage,
     draw_latents,
     draw_used_codes,
     forget_moments,
-    reinitialise_unused,
+    rarely_used,
+    reinitialise_rare,
 )
 
 K, D = 24, 6
+FROM_LATENTS, FROM_USED = (Reinit(Duration(1, "epochs"), 0.0, source) for source in ("latents", "used_codes"))
 SPECIAL = {"ema": {"decay": 0.9}, "entropy": {"entropy_temperature": 0.5}}
 BUILDERS: dict[str, Callable[[], CodebookQuantizer]] = {
     kind: tiny_quantizer(kind, num_codes=K, embedding_dim=D, **SPECIAL.get(kind, {})).build for kind in NEAREST
@@ -36,7 +39,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def usage_of(*counts: int) -> CodebookUsage:
-    usage = CodebookUsage(len(counts), torch.device("cpu"))
+    usage = CodebookUsage((len(counts),), torch.device("cpu"))
     usage.counts += torch.tensor(counts)
     return usage
 
@@ -89,7 +92,7 @@ def test_perplexity_and_usage_have_their_closed_forms(counts: tuple[int, ...], p
 
 
 def test_usage_counts_every_code_since_the_last_reset() -> None:
-    usage = CodebookUsage(5, torch.device("cpu"))
+    usage = CodebookUsage((5,), torch.device("cpu"))
     usage.add(torch.tensor([[[0, 3], [3, 3]]]))
     usage.add(torch.tensor([1, 3]))
     usage.apply_update()
@@ -97,17 +100,17 @@ def test_usage_counts_every_code_since_the_last_reset() -> None:
     usage.discard_update()  # of a step that was skipped
     usage.apply_update()
     assert usage.counts.tolist() == [1, 1, 0, 4, 0]
-    assert usage.unused().tolist() == [2, 4]
+    assert rarely_used(usage.counts, 0).tolist() == [2, 4]
     counts = usage.counts
     usage.reset()
-    assert usage.unused().tolist() == [0, 1, 2, 3, 4]
+    assert rarely_used(usage.counts, 0).tolist() == [0, 1, 2, 3, 4]
     assert usage.counts is counts  # which a checkpoint holds
 
 
 def test_usage_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     other = torch.tensor([0, 0, 7, 0])
     monkeypatch.setattr(codebook, "sum_over_processes", lambda mine: mine + other)
-    usage = CodebookUsage(4, torch.device("cpu"))
+    usage = CodebookUsage((4,), torch.device("cpu"))
     usage.add(torch.tensor([0, 0]))
     usage.apply_update()
     assert usage.counts.tolist() == [2, 0, 7, 0]
@@ -267,10 +270,10 @@ def quantizer_with_dead_codes(name: str, latents: Tensor) -> tuple[CodebookQuant
         optimizer.state[parameter]["exp_avg"] += 1
         optimizer.state[parameter]["exp_avg_sq"] += 1
     quantizer.apply_update()
-    usage = CodebookUsage(K, torch.device("cpu"))
+    usage = CodebookUsage((K,), torch.device("cpu"))
     usage.add(output.codes)
     usage.apply_update()
-    assert usage.unused().tolist() == list(range(4, K))
+    assert rarely_used(usage.counts, 0).tolist() == list(range(4, K))
     return quantizer, usage, optimizer
 
 
@@ -279,7 +282,7 @@ def test_codes_revived_from_latents_are_chosen_for_the_latents_that_they_came_fr
     latents = global_latents()
     quantizer, usage, optimizer = quantizer_with_dead_codes(name, latents)
     used = quantizer.codebook_vectors().detach()[:4].clone()
-    number = reinitialise_unused(quantizer, optimizer, usage, [latents], "latents", seed=5)
+    number = reinitialise_rare(quantizer, optimizer, usage, [latents], FROM_LATENTS, seed=5)
     assert number == K - 4
     torch.testing.assert_close(quantizer.codebook_vectors()[:4].detach(), used, rtol=1e-5, atol=0)
     sources = distances(quantizer.codebook_vectors().detach()[4:], rows(latents)).min(1)
@@ -297,7 +300,7 @@ def test_codes_revived_from_used_codes_take_tokens_from_them(name: str) -> None:
     latents = global_latents(64)
     quantizer, usage, optimizer = quantizer_with_dead_codes(name, latents)
     used = quantizer.codebook_vectors().detach()[:4].clone()
-    assert reinitialise_unused(quantizer, optimizer, usage, [latents], "used_codes", seed=5) == K - 4
+    assert reinitialise_rare(quantizer, optimizer, usage, [latents], FROM_USED, seed=5) == K - 4
     vectors = quantizer.codebook_vectors().detach()
     assert distances(vectors[4:], used).amin(1).max() < 0.2  # each near a code in use,
     assert not (vectors[4:, None] == used).all(2).any()  # none upon it
@@ -310,23 +313,23 @@ def test_a_pool_too_small_revives_the_first_unused_codes_only(name: str) -> None
     latents = global_latents(2)  # 12 vectors for 20 codes
     quantizer, usage, optimizer = quantizer_with_dead_codes(name, latents)
     before = quantizer.codebook_vectors().detach().clone()
-    assert reinitialise_unused(quantizer, optimizer, usage, [latents], "latents", seed=5) == 12
+    assert reinitialise_rare(quantizer, optimizer, usage, [latents], FROM_LATENTS, seed=5) == 12
     torch.testing.assert_close(quantizer.codebook_vectors()[16:].detach(), before[16:], rtol=1e-4, atol=0)
     assert sorted(quantizer.eval()(latents).codes.flatten().tolist()) == list(range(4, 16))
 
 
 @each_codebook
-@pytest.mark.parametrize("source", ["latents", "used_codes"])
-def test_where_every_code_is_used_nothing_changes(name: str, source: str) -> None:
+@pytest.mark.parametrize("reinit", [FROM_LATENTS, FROM_USED])
+def test_where_every_code_is_used_nothing_changes(name: str, reinit: Reinit) -> None:
     quantizer = BUILDERS[name]()
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
-    number = reinitialise_unused(
+    number = reinitialise_rare(
         quantizer,
         optimizer,
         usage_of(*[1] * K),
         [global_latents()],
-        "latents" if source == "latents" else "used_codes",
+        reinit,
         5,
     )
     assert number == 0
@@ -334,16 +337,14 @@ def test_where_every_code_is_used_nothing_changes(name: str, source: str) -> Non
 
 
 @each_codebook
-@pytest.mark.parametrize("source", ["latents", "used_codes"])
-def test_the_same_seed_gives_the_same_codebook_whatever_the_global_random_state(name: str, source: str) -> None:
+@pytest.mark.parametrize("reinit", [FROM_LATENTS, FROM_USED])
+def test_the_same_seed_gives_the_same_codebook_whatever_the_global_random_state(name: str, reinit: Reinit) -> None:
     books = []
     for seed in (5, 5, 6):
         quantizer, usage, optimizer = quantizer_with_dead_codes(name, global_latents())
         torch.manual_seed(len(books))
         state = torch.get_rng_state()
-        reinitialise_unused(
-            quantizer, optimizer, usage, [global_latents()], "latents" if source == "latents" else "used_codes", seed
-        )
+        reinitialise_rare(quantizer, optimizer, usage, [global_latents()], reinit, seed)
         assert torch.equal(torch.get_rng_state(), state)
         books.append(quantizer.codebook_vectors().detach())
     assert torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
@@ -359,8 +360,8 @@ def test_an_ema_code_that_dies_again_after_many_epochs_can_be_revived_again() ->
         usage.reset()
         usage.add(quantizer.eval()(latents[:1]).codes)
         usage.apply_update()
-        assert reinitialise_unused(quantizer, optimizer, usage, [latents], "latents", seed=epoch) > 0
+        assert reinitialise_rare(quantizer, optimizer, usage, [latents], FROM_LATENTS, seed=epoch) > 0
         assert quantizer.codebook_vectors().isfinite().all()
-        sources = distances(quantizer.codebook_vectors()[usage.unused()], rows(latents)).amin(1)
+        sources = distances(quantizer.codebook_vectors()[rarely_used(usage.counts, 0)], rows(latents)).amin(1)
         assert sources.max() < 1e-4
     assert math.isfinite(quantizer.eval()(latents).loss.item())

@@ -114,7 +114,7 @@ def train_every_kind(folder: Path) -> None:
     more = {"discriminator": adversarial, "training": everything, "tracking": tracking, "data": {"on_error": "skip"}}
     (write_splits(folder / "standard" / "images") / "train" / "broken.png").touch()
     for kind in QUANTIZERS:
-        quantizer = {"type": kind, **having(kind, reinit_every_epochs=1)}
+        quantizer = {"type": kind, **having(kind, reinit_every="1 epoch")}
         train(tiny_config(folder / kind, quantizer=quantizer, **(more if kind == "standard" else {})))
     evaluate(folder / "entropy" / "run", overrides=["evaluation.split=test", "evaluation.save_reconstructions=png"])
     hub = {"backend": "hub", "path": str(folder / "ema" / "images")}
@@ -135,14 +135,14 @@ def read_what_a_network_connection_would(folder: Path) -> None:
             build_perceptual(LossConfig(perceptual_network=network), weights)
     for metric in ("lpips", "rfid", "mobilenet_distance", "fd_mobilenet", "fd_efficientnet", "fd_dinov2", "pfid"):
         with pytest.raises(FileNotFoundError):
-            Metrics([metric], 100, EvaluationConfig(), weights, torch.device("cpu"))
+            Metrics([metric], (100,), EvaluationConfig(), weights, torch.device("cpu"))
     few = EvaluationConfig(pfid_neighbours=2)
     setting = Setting(few, Networks(weights, torch.device("cpu")), 16, torch.device("cpu"))
     images, codes = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 4, dtype=torch.int64)
     perturbed(Seen(setting, images, images, codes, torch.arange(1), tiny_tokenizer(tiny_quantizer("standard"))))
     reference = EvaluationConfig(reference=str(folder / "none.npz"))
     config = Config(training={"max_steps": 1}, evaluation=reference)
-    metrics = Metrics([], 2, reference, weights, torch.device("cpu"))
+    metrics = Metrics([], (2,), reference, weights, torch.device("cpu"))
     metrics.needs = [Need("inception", real, Moments)]
     with pytest.raises(FileNotFoundError):
         open_reference(config, metrics, Accelerator(cpu=True))

@@ -45,7 +45,7 @@ BASE: dict[str, Any] = {
 NOISE = [3.508326292037964, 1.2303847074508667, 0.615044116973877]  # what torch drew where the Gumbel curve was made
 GAME = DISCRIMINATOR | {"weight": 0.5, "start": "10 steps"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "standard": {"quantizer": {"reinit_every_epochs": 5}},
+    "standard": {"quantizer": {"reinit_every": "5 epochs"}},
     "ema_r1_adaptive": {
         "quantizer": {"type": "ema", "decay": 0.9},
         "discriminator": GAME | {"adaptive_weight": True, "warmup": "5 steps", "r1_weight": 1.0, "r1_every": 4},

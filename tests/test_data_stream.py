@@ -460,8 +460,8 @@ STEPS = {"validate_every": "3 steps", "checkpoint_every": "100 steps", "max_step
 def test_without_a_known_length_everything_must_be_given_in_steps(parquet: Path, tmp_path: Path) -> None:
     data = {"path": str(parquet), "backend": "hub", "streaming": True, "validation_split": "train"}
     with pytest.raises(ValueError) as error:
-        train(tiny_config(tmp_path, data=data, training={"max_steps": 4}, quantizer={"reinit_every_epochs": 2}))
-    for words in ("validate_every is 1 epoch", "checkpoint_every is 1 epoch", "reinit_every_epochs is 2", "max_steps"):
+        train(tiny_config(tmp_path, data=data, training={"max_steps": 4}, quantizer={"reinit_every": "2 epochs"}))
+    for words in ("validate_every is 1 epoch", "checkpoint_every is 1 epoch", "reinit_every is 2 epochs", "max_steps"):
         assert words in str(error.value)
     with pytest.raises(ValueError, match=r"training\.max_epochs is 2"):
         train(tiny_config(tmp_path, data=data, training=STEPS | {"max_epochs": 2.0}))

@@ -218,7 +218,7 @@ def test_a_written_config_loads_to_the_very_same(path, output_dir, fraction, adv
     values = {
         "output_dir": output_dir,
         "data": {"path": path, "train_split": path, "validation_fraction": fraction, "crop_scale": None},
-        "quantizer": {"type": "ema", "num_codes": 7, "reinit_every_epochs": 1},
+        "quantizer": {"type": "ema", "num_codes": 7, "reinit_every": "1 epoch"},
         "discriminator": {"weight": fraction or 0.0} if adversarial else None,
         "training": {"max_steps": 3, "mixed_precision": "no", "total_batch_size": 8, "lr_warmup": "2 steps"},
     }

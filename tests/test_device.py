@@ -377,7 +377,7 @@ ROUNDING = 1e-4  # relative; on a GPU D lies in another memory format, so its su
 
 def whole(folder: Path, kind: str) -> Config:
     """Five steps with everything that training does, two epochs; writes its images beside `folder`."""
-    reinit = {"reinit_every_epochs": 1, "reinit_from": "used_codes" if kind == "ema" else "latents"}
+    reinit = {"reinit_every": "1 epoch", "reinit_from": "used_codes" if kind == "ema" else "latents"}
     training = {
         "max_steps": 5,
         "total_batch_size": 4,

@@ -306,7 +306,7 @@ def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path
     protocol = report["protocol"]
     assert (protocol["metrics"], protocol["lpips_network"]) == (["lpips", "codebook"], "squeeze")
     weights = WeightFiles(squeezenet=str(tmp_path / "squeezenet.pth"))
-    metrics = Metrics(["lpips"], 16, EvaluationConfig(lpips_network="squeeze"), weights, CPU)
+    metrics = Metrics(["lpips"], (16,), EvaluationConfig(lpips_network="squeeze"), weights, CPU)
     assert protocol["feature_networks_sha256"] == metrics.network_hashes()
     assert list(report["results"]) == ["lpips", *RESULTS[4:]]
 
@@ -538,7 +538,7 @@ def batches_of(pixels: Tensor, sizes: tuple[int, ...]) -> Iterator[Batch]:
 
 
 def measured(tokenizer: ImageTokenizer, pixels: Tensor, *sizes: int, metrics: Metrics | None = None) -> Evaluation:
-    metrics = metrics or Metrics(METRICS, 16, EvaluationConfig(), WeightFiles(), CPU)
+    metrics = metrics or Metrics(METRICS, (16,), EvaluationConfig(), WeightFiles(), CPU)
     return evaluate_tokenizer(tokenizer, batches_of(pixels, sizes), metrics, CPU, SIZE, grid_images=4)
 
 
@@ -564,7 +564,7 @@ def test_neither_the_batch_size_nor_an_empty_batch_changes_an_evaluation(pixels:
 
 
 def test_the_same_metrics_serve_one_evaluation_after_another(pixels: Tensor) -> None:
-    tokenizer, metrics = tiny_tokenizer(STANDARD), Metrics(METRICS, 16, EvaluationConfig(), WeightFiles(), CPU)
+    tokenizer, metrics = tiny_tokenizer(STANDARD), Metrics(METRICS, (16,), EvaluationConfig(), WeightFiles(), CPU)
     first = measured(tokenizer, pixels[:4], 4, metrics=metrics)
     measured(tokenizer, pixels[4:], 3, metrics=metrics)
     assert_same_evaluation(measured(tokenizer, pixels[:4], 4, metrics=metrics), first)

@@ -24,7 +24,7 @@ PAGE = PACKAGE.parent / "docs" / "extending.md"
 # file -> its text, as the page has it; and in which file which line becomes which (with the import that it needs)
 FILES = dict(re.findall(r"^```python\n# vqgan_accel/(\S+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 LINES = {
-    "config/quantizers.py": (
+    "config/quantizers/__init__.py": (
         "QuantizerConfig = StandardQuantizerConfig |",
         "from vqgan_accel.models.quantizers.signs import SignsConfig\n"
         "QuantizerConfig = SignsConfig | StandardQuantizerConfig |",

@@ -167,6 +167,7 @@ def test_what_cannot_be_begun_with_is_named(tmp_path: Path) -> None:
             train(tiny_config(tmp_path / "second", training={"init_from": str(run)}, **other))
     with pytest.raises(ValueError, match=r"training: decoder_only keeps an encoder as it is: say in init_from whose"):
         tiny_config(tmp_path, training={"decoder_only": True})
-    with pytest.raises(ValueError, match=r"reinit_every_epochs=1 would change"):
-        tiny_config(tmp_path, training={"decoder_only": True, "init_from": "run"}, quantizer={"reinit_every_epochs": 1})
+    with pytest.raises(ValueError, match=r"reinit_every=1 epoch would change"):
+        training = {"decoder_only": True, "init_from": "run"}
+        tiny_config(tmp_path, training=training, quantizer={"reinit_every": "1 epoch"})
     assert not (tmp_path / "second" / "run").exists()

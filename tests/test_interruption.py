@@ -120,7 +120,7 @@ def test_a_run_under_torchrun_stops_on_sigterm_and_goes_on_as_if_nothing_had_hap
     images = write_splits(tmp_path / "images")
     settings = {
         "data": {"path": str(images), "workers": 1},
-        "quantizer": {"type": "ema", "reinit_every_epochs": 1},
+        "quantizer": {"type": "ema", "reinit_every": "1 epoch"},
         "discriminator": DISCRIMINATOR | {"adaptive_weight": True},
         "training": {"max_steps": 150, "log_every": 1, "validate_every": "7 steps", "keep_checkpoints": 2},
     }

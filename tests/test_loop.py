@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqgan_accel.config import parse_config
 from vqgan_accel.randomness import CODE_REINIT, position_seed
-from vqgan_accel.training import loop
+from vqgan_accel.training import loop, upkeep
 from vqgan_accel.training.codebook import CodebookUsage
 from vqgan_accel.training.plan import make_plan
 from vqgan_accel.training.state import Progress
@@ -46,19 +46,19 @@ def test_a_nan_or_a_signal_of_one_process_is_seen_by_all(monkeypatch: pytest.Mon
 def seed_of_replacement(seed: int, step: int, patch: pytest.MonkeyPatch) -> int:
     """What the replacement of unused codes is drawn from, after that many steps of two an epoch."""
     seeds: list[int] = []
-    patch.setattr(loop, "reinitialise_unused", lambda *arguments: seeds.append(arguments[-1]))
+    patch.setattr(upkeep, "reinitialise_rare", lambda *arguments: seeds.append(arguments[-1]))
     training = {"max_steps": 9, "total_batch_size": 4}
-    config = parse_config({"seed": seed, "training": training, "quantizer": {"type": "ema", "reinit_every_epochs": 1}})
+    config = parse_config({"seed": seed, "training": training, "quantizer": {"type": "ema", "reinit_every": "1 epoch"}})
     tokenizer = SimpleNamespace(network=SimpleNamespace(quantizer=None), optimizer=None)
     run: Any = SimpleNamespace(
         config=config,
         plan=make_plan(config, num_images=8, num_processes=1),
         progress=Progress(step=step),
         networks=SimpleNamespace(tokenizer=tokenizer),
-        usage=CodebookUsage(4, torch.device("cpu")),
+        usage=CodebookUsage((4,), torch.device("cpu")),
     )
-    taken: Any = SimpleNamespace(sound=True, rounds=[])
-    loop.end_epoch(run, taken)
+    taken: Any = SimpleNamespace(latents=None)
+    upkeep.look_after_codes(run, [taken])
     (found,) = seeds
     return found
 

@@ -25,7 +25,7 @@ from vqgan_accel.config import EvaluationConfig, LossConfig, Metric, StandardQua
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.collected import Moments, Samples, sums_of
 from vqgan_accel.evaluation.measures.frechet import Gaussian, frechet_distance, gaussian
-from vqgan_accel.evaluation.measures.perturbed import code_vectors, perturbed_codes
+from vqgan_accel.evaluation.measures.perturbed import perturbed_codes
 from vqgan_accel.evaluation.measures.samples import covered, inception_score, kernel_distance
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.models.dinov2 import Block, DINOv2
@@ -70,7 +70,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(*names: Metric, config: EvaluationConfig = FREE) -> Metrics:
-    return Metrics(names, 16, config, WeightFiles(), CPU)
+    return Metrics(names, (16,), config, WeightFiles(), CPU)
 
 
 def pictures(number: int, seed: int, size: int = 16) -> Tensor:
@@ -254,20 +254,20 @@ def test_too_few_images_are_refused(name: Metric, least: int, small: None) -> No
 def test_codes_are_exchanged_for_near_ones_as_often_as_the_rate_says() -> None:
     vectors = torch.arange(50.0)[:, None]
     codes = torch.full((40, 16, 16), 20)
-    changed = perturbed_codes(codes, torch.arange(40), vectors, rate=0.25, neighbours=5)
+    changed = perturbed_codes(codes, torch.arange(40), [vectors], rate=0.25, neighbours=5)
     assert {*changed.unique().tolist()} == {18, 19, 20, 21, 22}
     share = (changed != codes).double().mean().item()
     assert share == pytest.approx(0.25 * 4 / 5, abs=0.01)
-    assert torch.equal(perturbed_codes(codes, torch.arange(40), vectors, 0.0, 5), codes)
-    assert torch.equal(perturbed_codes(codes, torch.arange(40), vectors, 1.0, 1), codes)
+    assert torch.equal(perturbed_codes(codes, torch.arange(40), [vectors], 0.0, 5), codes)
+    assert torch.equal(perturbed_codes(codes, torch.arange(40), [vectors], 1.0, 1), codes)
 
 
 def test_an_images_exchanges_depend_on_its_position_alone() -> None:
     vectors = torch.randn(30, 4, generator=generator(0))
     codes = torch.randint(0, 30, (6, 5, 5), generator=generator(1))
-    whole = perturbed_codes(codes, torch.arange(6), vectors, 0.5, 7)
+    whole = perturbed_codes(codes, torch.arange(6), [vectors], 0.5, 7)
     for position in range(6):
-        one = perturbed_codes(codes[position][None], torch.tensor([position]), vectors, 0.5, 7)
+        one = perturbed_codes(codes[position][None], torch.tensor([position]), [vectors], 0.5, 7)
         assert torch.equal(one[0], whole[position])
 
 
@@ -277,7 +277,7 @@ def test_pfid_is_the_frechet_distance_of_what_the_exchanged_codes_become(small: 
     metrics = build("pfid")
     for part in torch.arange(30).split(8):
         metrics.update(images[part], images[part], codes[part], part, tokenizer)
-    others = perturbed_codes(codes, torch.arange(30), code_vectors(tokenizer.quantizer, CPU), 0.5, 4)
+    others = perturbed_codes(codes, torch.arange(30), [tokenizer.quantizer.code_vectors()], 0.5, 4)
     expected = Moments(6, CPU), Moments(6, CPU)
     for moments, shown in zip(expected, (images, tokenizer.decode(others).clamp(-1, 1)), strict=True):
         moments.add(Network()(bytes_of(shown)), torch.arange(30))
@@ -358,7 +358,7 @@ def test_efficientnets_metrics_are_lpips_construction_and_a_frechet_distance_of_
     efficientnet_file: Path,
 ) -> None:
     weights = WeightFiles(efficientnet_lite0=str(efficientnet_file))
-    metrics = Metrics(["efficientnet_distance", "fd_efficientnet"], 16, FREE, weights, CPU)
+    metrics = Metrics(["efficientnet_distance", "fd_efficientnet"], (16,), FREE, weights, CPU)
     network = random_efficientnet()
     images = pictures(6, 0, size=32)
     made = (images + 0.2).clamp(-1, 1)
@@ -388,7 +388,7 @@ def test_with_the_packaged_weights_a_cat_is_a_cat_and_blur_is_ordered() -> None:
     with torch.no_grad():
         logits = network(image) @ head["_fc.weight"].T + head["_fc.bias"]
     assert {*logits[0].topk(3).indices.tolist()} == {281, 282, 285}  # tabby, tiger cat, Egyptian cat
-    metrics = Metrics(["efficientnet_distance"], 16, FREE, WeightFiles(), CPU)
+    metrics = Metrics(["efficientnet_distance"], (16,), FREE, WeightFiles(), CPU)
     mild, strong = (show(metrics, image, gaussian_blur(image, [15, 15], [s, s])) for s in (0.8, 3.0))
     assert 0 < mild["efficientnet_distance"] < strong["efficientnet_distance"] / 2
 
@@ -450,7 +450,7 @@ def test_dinov2_has_the_published_names_and_shapes_and_gives_the_class_token() -
 
 def test_a_missing_file_of_dinov2_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"weights\.dinov2: there is no file"):
-        Metrics(["fd_dinov2"], 16, FREE, WeightFiles(dinov2=str(tmp_path / "none.pth")), CPU)
+        Metrics(["fd_dinov2"], (16,), FREE, WeightFiles(dinov2=str(tmp_path / "none.pth")), CPU)
 
 
 # ---- LPIPS of several networks
@@ -459,4 +459,4 @@ def test_a_missing_file_of_dinov2_is_named(tmp_path: Path) -> None:
 def test_each_lpips_reads_its_own_networks_file(tmp_path: Path) -> None:
     for name, backbone in (("lpips_vgg", "vgg16"), ("lpips_alex", "alexnet"), ("lpips_squeeze", "squeezenet")):
         with pytest.raises(FileNotFoundError, match=rf"weights\.{backbone}: there is no file"):
-            Metrics([name], 16, FREE, WeightFiles(**{backbone: str(tmp_path / "none")}), CPU)
+            Metrics([name], (16,), FREE, WeightFiles(**{backbone: str(tmp_path / "none")}), CPU)

@@ -55,7 +55,7 @@ def random_codes(number: int, seed: int = 2) -> Tensor:
 
 
 def build(*names: Metric, weights: WeightFiles = NO_FILES, config: EvaluationConfig = SQUEEZE) -> Metrics:
-    return Metrics(names, NUM_CODES, config, weights, torch.device("cpu"))
+    return Metrics(names, (NUM_CODES,), config, weights, torch.device("cpu"))
 
 
 def measure(metrics: Metrics, images: Tensor, reconstructions: Tensor, sizes: Sequence[int] = ()) -> dict[str, float]:

@@ -46,7 +46,7 @@ BASE: dict[str, Any] = {
     },
 }
 GAME = DISCRIMINATOR | {"weight": 0.5, "r1_weight": 3.0, "r1_every": 3}
-REINIT = {"reinit_every_epochs": 2}  # after steps 4, 8 and 12
+REINIT = {"reinit_every": "2 epochs"}  # after steps 4, 8 and 12
 EMA = {"type": "ema", "decay": 0.8, "epsilon": 0.1}
 ENTROPY = {"type": "entropy", "entropy_temperature": 0.5, "entropy_ratio": 0.5}
 GUMBEL = {"type": "gumbel", "kl_cost": 0.5, "kl_warmup": "4 epochs", "temperature_decay": "10 steps"}
@@ -188,7 +188,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("everything", {"quantizer": {"l2_normalize": False}}),
     ("everything", {"quantizer": {"commitment_cost": 0.2}}),
     ("everything", {"quantizer": {"decay": 0.79}}),
-    ("everything", {"quantizer": {"reinit_every_epochs": 3}}),
+    ("everything", {"quantizer": {"reinit_every": "3 epochs"}}),
     ("everything", {"quantizer": {"reinit_from": "used_codes"}}),
     ("ema", {"quantizer": {"epsilon": 0.12}}),
     ("entropy", {"quantizer": {"entropy_ratio": 0.45}}),

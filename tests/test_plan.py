@@ -20,8 +20,8 @@ class Due(NamedTuple):
     adversarial: bool  # the discriminator learns
     teaches: bool  # and the tokenizer from it
     r1: bool
-    ends_epoch: bool
-    reinit: str | None
+    reports_usage: bool
+    reinit: str | None  # its source
     gumbel: tuple[float, float] | None  # temperature, cost of the KL loss
 
 
@@ -31,8 +31,8 @@ def due(plan: Plan, step: int) -> Due:
         plan.phase_at(step) != "absent",
         plan.phase_at(step) == "teaching",
         plan.r1_at(step),
-        plan.ends_epoch(step + 1),
-        plan.reinit_at(step),
+        plan.reports_usage_at(step + 1),
+        reinit.source if (reinit := plan.reinit_at(step)) else None,
         tuple(plan.quantizer_at(step).values()) or None,
     )
 
@@ -67,7 +67,7 @@ def test_a_plan_in_epochs() -> None:
             "validate_every": "0.6 epochs",
             "checkpoint_every": "0.1 epochs",
         },
-        quantizer={"type": "ema", "reinit_every_epochs": 2},
+        quantizer={"type": "ema", "reinit_every": "2 epochs"},
         discriminator=DISCRIMINATOR | {"start": "0.75 epochs", "warmup": "0.5 epochs", "r1_weight": 1.0, "r1_every": 3},
     )
     plan = make_plan(config, num_images=45, num_processes=1)
@@ -136,14 +136,14 @@ def test_a_plan_for_a_stream_of_unknown_length_at_a_constant_rate() -> None:
     every = {"validate_every": "2 steps", "checkpoint_every": "2 steps", "total_batch_size": 8}
     plan = make_plan(config_of(training | every), num_images=None, num_processes=4)
     assert (plan.steps_per_epoch, plan.total_steps, plan.batch_size) == (None, 3, 2)
-    assert_due(plan, {step: Due(3e-4, NO, NO, NO, NO, None, None) for step in range(3)})
+    assert_due(plan, {step: Due(3e-4, NO, NO, NO, step == 1, None, None) for step in range(3)})  # with validations
 
 
 def test_a_plan_in_the_middle_of_a_long_run() -> None:
     """1,000 steps of 100 an epoch, from 1e-3 to a tenth of it: 1e-4 + 4.5e-4 (1 + cos(pi step / 1000))."""
     config = config_of(
         {"max_epochs": 10, "total_batch_size": 10, "base_lr": 1e-3, "base_batch_size": 10},
-        quantizer={"type": "standard", "reinit_every_epochs": 3, "reinit_from": "used_codes"},
+        quantizer={"type": "standard", "reinit_every": "3 epochs", "reinit_from": "used_codes"},
         discriminator=DISCRIMINATOR | {"start": "1 epoch", "warmup": "1 epoch", "r1_weight": 1.0},  # every 16 steps
     )
     plan = make_plan(config, num_images=1009, num_processes=1)

@@ -212,7 +212,7 @@ def test_strips_do_not_change_ssim(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def measure(protocol: str, images: Tensor, reconstructions: Tensor) -> dict[str, float]:
     config = EvaluationConfig(protocol=protocol)
-    metrics = Metrics(["psnr", "ssim"], 4, config, WeightFiles(), torch.device("cpu"))
+    metrics = Metrics(["psnr", "ssim"], (4,), config, WeightFiles(), torch.device("cpu"))
     metrics.update(
         images, reconstructions, torch.zeros(len(images), 1, 1, dtype=torch.int64), torch.arange(len(images))
     )

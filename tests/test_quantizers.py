@@ -145,7 +145,7 @@ def test_nearest_codes_are_the_argmin_of_float64_distances_however_the_tokens_ar
 
 def test_nearest_codes_are_right_for_a_new_codebook_far_smaller_than_the_latents() -> None:
     torch.manual_seed(0)
-    latents, codebook = 30 * torch.randn(3, 256, 5, 4), base.initial_codebook(1024, 256)
+    latents, codebook = 30 * torch.randn(3, 256, 5, 4), base.initial_codebook(1024, 256, "uniform")
     assert codebook.abs().max() <= 1 / 1024 and codebook.std() > 0.5 / 1024
     distances = torch.cdist(torch.stack(tokens_of(latents)).double(), codebook.double()).square()
     chosen = distances.gather(1, nearest_codes(latents, codebook).view(-1, 1)).squeeze(1)
@@ -482,7 +482,7 @@ def test_the_entropy_loss_equals_a_plain_computation_from_distances() -> None:
     p = torch.softmax(-distances / quantizer.temperature, 1)
     mean = p.mean(0)
     expected = -(p * p.log()).sum(1).mean() + (mean * (mean + LOG_EPS).log()).sum()
-    output, standard = quantizer(latents), StandardQuantizer.quantize(quantizer, latents, None)
+    output, standard = quantizer(latents), StandardQuantizer.look_up(quantizer, latents)
     assert output.metrics["entropy_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert (output.loss - standard.loss).item() == pytest.approx(0.1 * expected.item(), rel=1e-4)
 

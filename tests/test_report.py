@@ -204,7 +204,7 @@ def test_numbers_at_the_axis_are_short(value: float, shown: str) -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_value_that_a_run_logs_has_a_place_on_the_page(quantizer: str, tmp_path) -> None:
     settings: dict[str, Any] = {"discriminator": DISCRIMINATOR | {"r1_weight": 1.0}, "training": {"log_every": 1}}
-    kind = {"type": quantizer, **having(quantizer, reinit_every_epochs=1)}
+    kind = {"type": quantizer, **having(quantizer, reinit_every="1 epoch")}
     run = train(tiny_config(tmp_path, quantizer=kind, **settings))
     drawn = sections(read_runs([run]))
     assert {known(name)[0] for name in ("mfu", "peak_memory")} == {"Speed"}  # which a GPU's clock has

@@ -38,7 +38,7 @@ from vqgan_accel.training.tracking import trim_lines
 REPOSITORY = Path(__file__).parent.parent
 # everything that a checkpoint must carry: averages, an EMA codebook with re-initialisation, a GAN with lazy R1
 EVERYTHING: dict[str, Any] = {
-    "quantizer": {"type": "ema", "reinit_every_epochs": 1},
+    "quantizer": {"type": "ema", "reinit_every": "1 epoch"},
     "discriminator": DISCRIMINATOR | {"adaptive_weight": True, "r1_weight": 1.0, "r1_every": 2, "start": "1 step"},
     "training": {
         "max_steps": 6,

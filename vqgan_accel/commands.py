@@ -164,8 +164,8 @@ def run_tokenize(options: argparse.Namespace) -> None:
         )
     if manifest["complete"] and os.environ.get("RANK", "0") == "0":
         left_out = f", {manifest['skipped_images']} unreadable images left out" if manifest["skipped_images"] else ""
-        height, width = manifest["code_grid"]
-        codes = f"{manifest['rows']:,} x {height} x {width} codes in {manifest['shards']} shards"
+        grid = " x ".join(str(side) for side in manifest["code_grid"])
+        codes = f"{manifest['rows']:,} x {grid} codes in {manifest['shards']} shards"
         print(f"{options.output}: {codes}{left_out}, {'with' if manifest['labels'] else 'without'} labels")
 
 

@@ -114,8 +114,8 @@ def choose_networks(config: Config, machine: Machine, pictures: Pictures) -> Cho
         "training.lr_scaling": Choice("none", "base_lr is the rate in use"),
         "training.base_lr": Choice(rate, tried),
     }
-    if hasattr(config.quantizer, "reinit_every_epochs") and not config.training.decoder_only:
-        choices["quantizer.reinit_every_epochs"] = Choice(1, "codes that an epoch did not use begin anew")
+    if hasattr(config.quantizer, "reinit_every") and not config.training.decoder_only:
+        choices["quantizer.reinit_every"] = Choice("1 epoch", "codes that an epoch did not use begin anew")
     if pictures.broken:
         why = f"{pictures.broken:,} of {pictures.looked_at:,} that were looked at are broken"
         choices["data.on_error"] = Choice("skip", why)

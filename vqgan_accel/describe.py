@@ -26,10 +26,12 @@ def trainable_parameters(*modules: nn.Module) -> int:
 
 def latent_summary(config: Config) -> dict[str, Any]:
     side = config.data.image_size // config.autoencoder.stride
-    bits = side * side * math.log2(config.quantizer.num_codes)
+    sizes = config.quantizer.codebook_sizes
+    bits = side * side * sum(math.log2(size) for size in sizes)
     return {
         "latent_grid": [side, side],
         "num_codes": config.quantizer.num_codes,
+        "codes_per_position": len(sizes),
         "embedding_dim": config.quantizer.embedding_dim,
         "bits_per_pixel": bits / config.data.image_size**2,
     }
@@ -91,9 +93,11 @@ def description_lines(summary: dict[str, Any]) -> list[str]:
     """`describe`'s result as text."""
     parameters, gflop = summary["parameters"], summary["gflop_per_image"]
     height, width = summary["latent_grid"]
+    several = summary["codes_per_position"]
+    each = f" x {several}" if several > 1 else ""
     return [
         f"image              {summary['image_size']} x {summary['image_size']} px",
-        f"latent grid        {height} x {width} = {height * width} codes of {summary['num_codes']} "
+        f"latent grid        {height} x {width}{each} = {height * width * several} codes of {summary['num_codes']} "
         f"({summary['quantizer']} quantizer, dimension {summary['embedding_dim']})",
         f"compression        {summary['bits_per_pixel']:.4f} bits per pixel",
         f"parameters         {parameters['tokenizer']:,} tokenizer + {parameters['discriminator']:,} discriminator "

@@ -13,6 +13,7 @@ QUANTIZER_NOISE = 3  # (seed, optimizer step, index in the global batch)
 CODE_REINIT = 4  # (seed, optimizer step)
 STREAM_ORDER = 5  # (seed, lane, pass): of a stream's files
 STREAM_BLOCK = 6  # (seed, lane, pass, number of the block): of the images in a shuffle buffer
+CODE_INIT = 8  # (seed): the centres that k-means begins with
 PERTURBATION = 7  # (position in the split): of the codes of pFID
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
@@ -146,9 +146,10 @@ def layout_of(section: Section) -> dict[str, Any]:
 
 
 class Reinit(NamedTuple):
-    """How codes that nobody uses are given new vectors."""
+    """How codes that are hardly used are given new vectors."""
 
-    every_epochs: int
+    every: Duration
+    below: float  # uses, in units of the mean code's; 0: of those that are not used at all
     source: Literal["latents", "used_codes"]
 
 
@@ -156,10 +157,26 @@ class QuantizerSection(Section):
     """A quantizer's section has, as fields or as properties, `type`, `num_codes` (K) and `embedding_dim` (D), and marks
     as `Learning` what does not change the meaning of a codebook."""
 
-    draws_noise: ClassVar[bool] = False  # in training, and is then given a seed for each sample
+    if TYPE_CHECKING:
+
+        @property
+        def num_codes(self) -> int: ...
+
+        @property
+        def embedding_dim(self) -> int: ...
 
     def build(self) -> Quantizer:
         raise NotImplementedError
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """How many codes each of a position's codes is one of. Where there are several, num_codes is the largest."""
+        return (self.num_codes,)
+
+    @property
+    def draws_noise(self) -> bool:
+        """In training; it is then given a seed for each sample."""
+        return False
 
     def at_step(self, step: int, steps_per_epoch: int | None) -> dict[str, float]:
         """Attributes of the quantizer that follow a schedule: their values in optimizer step `step`."""
@@ -167,8 +184,16 @@ class QuantizerSection(Section):
 
     @property
     def reinit(self) -> Reinit | None:
-        """None where its codes are never replaced. Otherwise it builds a CodebookQuantizer."""
+        """None where its codes are never replaced. Otherwise what it builds has `lookups`."""
         return None
+
+    @property
+    def starts_from_latents(self) -> bool:
+        """Whether its `lookups` get their first codebooks from the first step's latents, by k-means."""
+        return False
+
+    def require_latents(self, number: int) -> None:
+        """ValueError, a sentence that names keys, where these are too few latents (h x w of an image) to start from."""
 
 
 class TermSection(Section):

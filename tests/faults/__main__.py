@@ -46,7 +46,7 @@ def write_run(folder: Path, quantizer: str) -> Path:
         folder,
         seed=SEED,
         data={"path": str(folder / "images"), "workers": 1},
-        quantizer={"type": quantizer, **having(quantizer, reinit_every_epochs=1), **SPECIAL.get(quantizer, {})},
+        quantizer={"type": quantizer, **having(quantizer, reinit_every="1 epoch"), **SPECIAL.get(quantizer, {})},
         discriminator=DISCRIMINATOR | {"adaptive_weight": True, "r1_weight": 1.0, "r1_every": 2, "start": "1 step"},
         training={
             "max_steps": STEPS,

@@ -45,15 +45,15 @@ AUDIT = [
         "R1 on the wrong steps, and not on the first",
     ),
     Mutant(
-        "config/quantizers.py",
+        "config/quantizers/gumbel.py",
         "cosine(step, 0.0, self.kl_cost, warmup)",
         "cosine(step, self.kl_cost, 0.0, warmup)",
         "Gumbel's KL cost runs backwards",
     ),
     Mutant(
-        "config/quantizers.py",
-        "Reinit(self.reinit_every_epochs, self.reinit_from)",
-        'Reinit(self.reinit_every_epochs, "used_codes" if self.reinit_from == "latents" else "latents")',
+        "config/quantizers/nearest.py",
+        "self.reinit_below, self.reinit_from)",
+        'self.reinit_below, "used_codes" if self.reinit_from == "latents" else "latents")',
         "reinit_from means the other source",
     ),
     Mutant(

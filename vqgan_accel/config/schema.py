@@ -130,9 +130,10 @@ class Config(Section):
                 )
         if self.training.decoder_only and (reinit := self.quantizer.reinit) is not None:
             raise ValueError(
-                "training.decoder_only keeps the codebook, which quantizer.reinit_every_epochs="
-                f"{reinit.every_epochs} would change; set that to null"
+                f"training.decoder_only keeps the codebook, which quantizer.reinit_every={reinit.every} would change; "
+                "set that to null"
             )
+        self.quantizer.require_latents(self.training.total_batch_size * (size // stride) ** 2)
         for name in self.evaluation.metrics + self.training.validation_metrics:
             if size < (smallest := METRICS[name].smallest):
                 raise ValueError(

@@ -14,10 +14,9 @@ from vqgan_accel.data.opening import evaluation_loader, open_source, require_apa
 from vqgan_accel.data.views import to_float
 from vqgan_accel.evaluation.figures import codebook_histogram, codebook_map, neighbour_histogram
 from vqgan_accel.evaluation.measures.codes import codebook_usage, perplexity
-from vqgan_accel.evaluation.measures.perturbed import code_vectors
 from vqgan_accel.files import require_absent, written_as_a_whole
 from vqgan_accel.models.opening import open_tokenizer
-from vqgan_accel.models.quantizers import count_codes
+from vqgan_accel.models.quantizers import count_all_codes
 from vqgan_accel.models.weights import require_finite
 
 TABLE = "codebook.csv"
@@ -31,7 +30,7 @@ def codebook(
 ) -> list[str]:
     """Write output/usage.png (each code's share of the tokens), neighbours.png (how far codes lie from one another),
     pca.png (where they lie, and how often each is used) and codebook.csv (code, uses, nearest other code, its
-    distance). Returns lines that say what they show.
+    distance); of several codebooks in output/codebook_1 and so on. Returns lines that say what they show.
 
     model, data, overrides, errors: as evaluate's; uses are counted on `evaluation.split` of `data.path`.
     """
@@ -44,32 +43,44 @@ def codebook(
     device = start_accelerator("no", config.training.timeout_minutes).device
     require_finite(tokenizer, str(opened.folder))
     tokenizer.to(device)
-    counts = torch.zeros(tokenizer.quantizer.num_codes, dtype=torch.int64, device=device)
-    crop = config.evaluation.rules.crop
+    quantizer, crop = tokenizer.quantizer, config.evaluation.rules.crop
+    sizes = quantizer.codebook_sizes
+    counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
     for batch in evaluation_loader(
         source, config.data, config.evaluation.batch_size, 0, 1, pin_memory=False, crop=crop
     ):
         codes = tokenizer.encode(to_float(batch["image"].to(device)))
-        counts += count_codes(codes, len(counts))
+        counts += count_all_codes(codes, sizes)
+    with written_as_a_whole(output) as partial:
+        if len(sizes) == 1:
+            lines = describe_codes(counts, quantizer.code_vectors(), partial)
+        else:
+            lines = []
+            for place, some in enumerate(counts.split(sizes)):
+                folder = partial / f"codebook_{place + 1}"
+                folder.mkdir()
+                said = describe_codes(some, quantizer.code_vectors(place), folder)
+                lines += [f"codebook {place + 1}: {line}" for line in said]
+    return [*lines, f"written to {output}"]
 
-    vectors = code_vectors(tokenizer.quantizer, device)
+
+def describe_codes(counts: Tensor, vectors: Tensor, folder: Path) -> list[str]:
+    """Write the pictures and the table of one codebook, counts (K,) and vectors (K, D)."""
     distances, nearest = nearest_others(vectors)
     points, explained = principal_components(vectors)
     entropy, usage = perplexity(counts), codebook_usage(counts)
-    with written_as_a_whole(output) as partial:
-        codebook_histogram(counts, entropy, usage).savefig(partial / "usage.png", dpi=120)
-        neighbour_histogram(distances, counts).savefig(partial / "neighbours.png", dpi=120)
-        codebook_map(points, explained, counts).savefig(partial / "pca.png", dpi=120)
-        with (partial / TABLE).open("w", newline="", encoding="utf-8") as table:
-            writer = csv.writer(table)
-            writer.writerow(["code", "uses", "nearest_code", "distance"])
-            columns = (counts.tolist(), nearest.tolist(), distances.tolist())
-            writer.writerows((code, *row) for code, row in enumerate(zip(*columns, strict=True)))
+    codebook_histogram(counts, entropy, usage).savefig(folder / "usage.png", dpi=120)
+    neighbour_histogram(distances, counts).savefig(folder / "neighbours.png", dpi=120)
+    codebook_map(points, explained, counts).savefig(folder / "pca.png", dpi=120)
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
+        writer.writerow(["code", "uses", "nearest_code", "distance"])
+        columns = (counts.tolist(), nearest.tolist(), distances.tolist())
+        writer.writerows((code, *row) for code, row in enumerate(zip(*columns, strict=True)))
     return [
         f"{usage:.1f} % of {len(counts)} codes used, perplexity {entropy:.1f}, of {int(counts.sum()):,} tokens",
         f"distance to the nearest other code: median {distances.median():.4g}, smallest {distances.min():.4g}",
         f"two principal components carry {100 * explained:.0f} % of the codes' variance",
-        f"written to {output}",
     ]
 
 

@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
     results: dict[str, float]
     num_images: int  # over all processes
     skipped_images: int
-    code_counts: Tensor  # (K,)
+    code_counts: Tensor  # (sum of K,), one codebook after another
     originals: Tensor  # (G, 3, H, W) the split's first images, and what became of them, on the CPU
     reconstructions: Tensor
     pixels_hash: str  # of every evaluated image after crop and resize, in no order
@@ -133,8 +133,8 @@ def evaluate(
     name = settings.split if data is None else f"{Path(data).resolve().name}_{settings.split}"
     output = Path(output or results_folder(model, opened) / name)
     require_apart(output, config.data, "--output")
-    num_codes = tokenizer.quantizer.num_codes
-    metrics, batches = open_measurement(config, settings.metrics, num_codes, source, accelerator)
+    sizes = tokenizer.quantizer.codebook_sizes
+    metrics, batches = open_measurement(config, settings.metrics, sizes, source, accelerator)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(batches, desc=settings.split, unit="batch", disable=not accelerator.is_main_process, dynamic_ncols=True)
@@ -156,13 +156,13 @@ def evaluate(
 def open_measurement(
     config: Config,
     names: Iterable[Metric],
-    num_codes: int,
+    codebook_sizes: tuple[int, ...],
     source: ImageSource | StreamSource,
     accelerator: Accelerator,
 ) -> tuple[Metrics, Iterable[Batch]]:
     """What `evaluate_tokenizer` takes: the metrics, and this process's share of the images. ValueError or
     FileNotFoundError where a metric's network or the reference is missing, or there are too few images for one."""
-    metrics = Metrics(names, num_codes, config.evaluation, config.weights, accelerator.device)
+    metrics = Metrics(names, codebook_sizes, config.evaluation, config.weights, accelerator.device)
     if (number := count_images(source)) is not None:
         metrics.require(number)
     open_reference(config, metrics, accelerator)

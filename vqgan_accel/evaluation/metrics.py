@@ -32,14 +32,14 @@ class Metrics:
     def __init__(
         self,
         names: Iterable[Metric],
-        num_codes: int,
+        codebook_sizes: tuple[int, ...],
         config: EvaluationConfig,
         weights: WeightFiles,
         device: torch.device,
     ) -> None:
         self.names = tuple(names)
         self.networks = Networks(weights, device)
-        self.setting = Setting(config, self.networks, num_codes, device)
+        self.setting = Setting(config, self.networks, codebook_sizes, device)
         self.codebook = Codebook("codebook", self.setting)  # counted in any case, for the picture
         self.measures = [
             self.codebook if name == "codebook" else measure_class(name)(name, self.setting) for name in self.names
@@ -58,8 +58,8 @@ class Metrics:
         positions: Tensor,
         tokenizer: ImageTokenizer | None = None,
     ) -> None:
-        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w), positions (B,) in the split; B may be 0.
-        tokenizer: for metrics that decode other codes."""
+        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w) or (B, q, h, w), positions (B,) in the
+        split; B may be 0. tokenizer: for metrics that decode other codes."""
         if not len(images):
             return
         seen = Seen(
@@ -101,7 +101,7 @@ class Metrics:
         return results
 
     def code_counts(self) -> Tensor:
-        """(K,) int64 over all processes; every rank calls it."""
+        """(sum of K,) int64, one codebook after another, over all processes; every rank calls it."""
         return self.codebook.counts()
 
     def require(self, num_images: int) -> None:

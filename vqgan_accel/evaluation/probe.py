@@ -79,12 +79,12 @@ def probe(
     num_codes, grid = tokenizer.quantizer.num_codes, manifest["code_grid"]
     learner = fit(codes.learnt, num_codes, steps, seed, device)
     bits = bits_per_token(learner, codes.held_out)
-    pixels = (grid[0] * tokenizer.stride) * (grid[1] * tokenizer.stride)
+    pixels = grid[-2] * grid[-1] * tokenizer.stride**2
     results = {
         "bits_per_token": bits,
         "entropy": entropy(codes.held_out, num_codes),
-        "bits_per_pixel": bits * grid[0] * grid[1] / pixels,
-        **label_results(tokenizer, codes),
+        "bits_per_pixel": bits * math.prod(grid) / pixels,
+        **label_results(tokenizer, codes, grid),
     }
     drawn = draw(learner, samples, codes.learnt.shape[1], seed)
     images = torch.cat([decoded(tokenizer, part, grid) for part in drawn.split(BATCH)])
@@ -117,7 +117,8 @@ def _part(values: NDArray[Any], chosen: NDArray[np.bool_]) -> Tensor:
 
 
 class TokenModel(nn.Module):
-    """A decoder-only transformer over L codes in raster order (Esser et al. 2021's second stage, small)."""
+    """A decoder-only transformer over L codes in raster order, of several codebooks one grid after another (Esser et
+    al. 2021's second stage, small)."""
 
     def __init__(self, num_codes: int, length: int) -> None:
         super().__init__()
@@ -220,22 +221,23 @@ def sample_distance(
     number = min(len(samples), len(held_out))
     if not names or number < 2:
         return {}
-    num_codes, device = tokenizer.quantizer.num_codes, samples.device
-    metrics = Metrics(names, num_codes, config.evaluation, config.weights, device)
+    sizes, device = tokenizer.quantizer.codebook_sizes, samples.device
+    metrics = Metrics(names, sizes, config.evaluation, config.weights, device)
     for start in range(0, number, BATCH):
         codes = held_out[start : min(start + BATCH, number)]
         real = decoded(tokenizer, codes, grid)
         positions = torch.arange(start, start + len(codes))
-        metrics.update(real, samples[start : start + len(codes)], codes.to(device), positions)
+        grids = codes.view(-1, *grid).to(device)
+        metrics.update(real, samples[start : start + len(codes)], grids, positions)
     return {f"sample_{name}": value for name, value in metrics.compute().items()}
 
 
-def label_results(tokenizer: ImageTokenizer, codes: Codes) -> dict[str, float]:
+def label_results(tokenizer: ImageTokenizer, codes: Codes, grid: list[int]) -> dict[str, float]:
     """Nothing where there are no labels."""
     if codes.learnt_labels is None or codes.held_out_labels is None:
         return {}
-    features = mean_vectors(tokenizer, codes.learnt), mean_vectors(tokenizer, codes.held_out)
-    guesses = linear_classifier(*features, codes.learnt_labels)
+    features, others = (mean_vectors(tokenizer, part, grid) for part in (codes.learnt, codes.held_out))
+    guesses = linear_classifier(features, others, codes.learnt_labels)
     common = codes.learnt_labels.mode().values
     return {
         "label_accuracy": 100 * float((guesses == codes.held_out_labels).double().mean()),
@@ -244,11 +246,11 @@ def label_results(tokenizer: ImageTokenizer, codes: Codes) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mean_vectors(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
+def mean_vectors(tokenizer: ImageTokenizer, codes: Tensor, grid: list[int]) -> Tensor:
     """(N, L) -> (N, D), the mean of an image's code vectors"""
     quantizer, device = tokenizer.quantizer, tokenizer.device
-    parts = [quantizer.codes_to_latents(part[:, None].to(device)).mean((2, 3)).cpu() for part in codes.split(BATCH)]
-    return torch.cat(parts).double()
+    grids = [part.view(-1, *grid).to(device) for part in codes.split(BATCH)]
+    return torch.cat([quantizer.codes_to_latents(part).mean((2, 3)).cpu() for part in grids]).double()
 
 
 def linear_classifier(features: Tensor, others: Tensor, labels: Tensor) -> Tensor:

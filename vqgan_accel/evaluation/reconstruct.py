@@ -72,9 +72,10 @@ def reconstruct(
     device = accelerator_device() or torch.device("cpu")
     tokenizer = opened.tokenizer
     tokenizer.to(device)  # type: ignore[arg-type]  # diffusers wraps the method, and mypy loses self
-    bits = math.log2(tokenizer.quantizer.num_codes)
+    sizes = tokenizer.quantizer.codebook_sizes
+    bits = sum(math.log2(size) for size in sizes) / len(sizes)  # of a code
     measures = {  # before anything is made, for they may lack their networks' weights
-        able: Metrics(able, tokenizer.quantizer.num_codes, EvaluationConfig(), weights or WeightFiles(), device)
+        able: Metrics(able, sizes, EvaluationConfig(), weights or WeightFiles(), device)
         for able in {able_at(side, metrics) for side in (1, *map(smallest, metrics))}
     }
     rows: list[dict[str, Any]] = []

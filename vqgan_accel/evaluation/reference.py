@@ -183,7 +183,7 @@ def statistics(data: str | Path, *, output: str | Path, overrides: Sequence[str]
     if not names:
         raise ValueError("evaluation.metrics has no Frechet distance, such as rfid, to make statistics for")
     accelerator = start_accelerator("no", config.training.timeout_minutes)
-    metrics = Metrics(names, max(settings.pfid_neighbours, 1), settings, config.weights, accelerator.device)
+    metrics = Metrics(names, (max(settings.pfid_neighbours, 1),), settings, config.weights, accelerator.device)
     made = collect(metrics, images_of(config, accelerator), accelerator)
     made |= pictures_protocol(config) | {"feature_networks_sha256": metrics.network_hashes()}
     arrays: dict[str, np.ndarray] = {"protocol": np.array(json.dumps(made, sort_keys=True))}

@@ -88,6 +88,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
         """Pixels per code along one side."""
         return self.settings.autoencoder_config.stride
 
+    @property
+    def code_places(self) -> torch.Size:
+        """(), or (q,) where a position has codes of q codebooks."""
+        sizes = self.quantizer.codebook_sizes
+        return torch.Size([len(sizes)] if len(sizes) > 1 else [])
+
     def latents(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the encoder's output (B, input_channels, h, w)"""
         self.require_images(images)
@@ -119,22 +125,27 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     @torch.no_grad()
     @ieee_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64; B may be 0. Without TF32, whatever is allowed."""
+        """images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64, or (B, q, h, w) where the quantizer has q codebooks;
+        B may be 0. Without TF32, whatever is allowed."""
         self.require_images(images)
         if not images.numel():  # diffusers' attention knows no empty batch
             sides = [side // self.stride for side in images.shape[2:]]
-            return torch.empty(len(images), *sides, dtype=torch.int64, device=images.device)
+            grid = [*self.code_places, *sides]
+            return torch.empty(len(images), *grid, dtype=torch.int64, device=images.device)
         return self.quantizer.choose(self.latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]; B may be 0
+        """codes as `encode` returns them, int64 -> images (B, 3, h * stride, w * stride) clipped to [-1, 1]; B may be 0
 
         Raises ValueError for codes of another shape or outside [0, num_codes).
         """
-        if codes.ndim != 3 or codes.dtype != torch.int64:
-            raise ValueError(f"codes are int64 of shape (B, h, w), not {codes.dtype} of shape {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.quantizer.num_codes:
-            raise ValueError(f"codes lie in [0, {self.quantizer.num_codes}), not in [{codes.min()}, {codes.max()}]")
+        sizes, several = self.quantizer.codebook_sizes, self.code_places
+        if codes.ndim != 3 + len(several) or codes.shape[1 : 1 + len(several)] != several or codes.dtype != torch.int64:
+            shape = f"(B, {', '.join([*map(str, several), 'h', 'w'])})"
+            raise ValueError(f"codes are int64 of shape {shape}, not {codes.dtype} of shape {tuple(codes.shape)}")
+        for place, size in zip(codes.unbind(1) if several else [codes], sizes, strict=True):
+            if place.numel() and not 0 <= int(place.min()) <= int(place.max()) < size:
+                raise ValueError(f"codes lie in [0, {size}), not in [{place.min()}, {place.max()}]")
         return self.decode_own(codes)
 
     @torch.no_grad()
@@ -142,7 +153,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as diffu
     def decode_own(self, codes: Tensor) -> Tensor:
         """`decode` of what `encode` has returned, without a look at it, for which a GPU keeps the host waiting."""
         if not codes.numel():
-            return torch.empty(len(codes), 3, *(side * self.stride for side in codes.shape[1:]), device=codes.device)
+            return torch.empty(len(codes), 3, *(side * self.stride for side in codes.shape[-2:]), device=codes.device)
         pixels, _ = self.decoder(self.quantizer.codes_to_latents(codes))
         return self.to_public_range(pixels).clamp(-1, 1)
 

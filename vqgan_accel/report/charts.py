@@ -41,6 +41,8 @@ KNOWN = {
     "bad_steps": ("Optimization", "Skipped steps so far", ""),
     "epoch_codebook_usage": ("Codebook", "Codes in use, % (training epoch)", ""),
     "epoch_perplexity": ("Codebook", "Perplexity (training epoch)", ""),
+    "recent_codebook_usage": ("Codebook", "Codes in use, % (since the last count)", ""),
+    "recent_perplexity": ("Codebook", "Perplexity (since the last count)", ""),
     "reinitialised_codes": ("Codebook", "Codes that were replaced", ""),
     "step_time": ("Speed", "Seconds a step", "in all"),
     "data_time": ("Speed", "Seconds a step", "waiting for images"),

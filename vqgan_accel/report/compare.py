@@ -88,11 +88,17 @@ def model_facts(runs: Sequence[Run]) -> dict[str, list[Cell]]:
 
     return {
         "image size": row(lambda s: f"{s['image_size']} px"),
-        "codes": row(lambda s: f"{s['latent_grid'][0]} x {s['latent_grid'][1]} of {s['num_codes']} ({s['quantizer']})"),
+        "codes": row(_codes),
         "bits per pixel": row(lambda s: s["bits_per_pixel"]),
         "parameters": row(lambda s: f"{s['parameters']['tokenizer']:,} + {s['parameters']['discriminator']:,} of D"),
         "GFLOP per image": row(lambda s: sum(s["gflop_per_image"].values())),
     }
+
+
+def _codes(summary: dict[str, Any]) -> str:
+    height, width = summary["latent_grid"]
+    each = f" x {several}" if (several := summary["codes_per_position"]) > 1 else ""
+    return f"{height} x {width}{each} of {summary['num_codes']} ({summary['quantizer']})"
 
 
 def state(run: Run) -> str:

@@ -65,7 +65,8 @@ def load_tokens(folder: str | Path) -> Dataset:
     """The codes as a `datasets.Dataset`, in the order of the images and, of one image, of its views.
 
     Columns: codes (h*w numbers, row by row; uint16, or int32 from 65537 codes on), label (where the images have
-    classes), file_name, index (of the image in its split), view. The manifest has h and w as `code_grid`.
+    classes), file_name, index (of the image in its split), view. The manifest has h and w as `code_grid`; where a
+    position has q codes that is q, h and w, codes are q*h*w numbers, and `codebook_sizes` says how many each can be.
     FileNotFoundError or ValueError where the folder is not complete.
 
     >>> rows = load_tokens("tokens")

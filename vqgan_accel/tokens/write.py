@@ -7,6 +7,7 @@ shards, and a run that was killed writes those that are missing: no image twice,
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -147,7 +148,7 @@ def batches_of(shard: range, batch: int) -> Iterator[list[int]]:
 
 
 def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> Tensor:
-    """(B, h*w) int64 on the CPU; B may be 0."""
+    """(B, h*w) or (B, q*h*w) int64 on the CPU; B may be 0."""
     images = to_float(batch["image"].to(device, non_blocking=True))
     return tokenizer.encode(images).flatten(1).cpu()
 
@@ -155,13 +156,14 @@ def codes_of(tokenizer: ImageTokenizer, batch: Batch, device: torch.device) -> T
 def manifest_of(job: Job) -> dict[str, Any]:
     """All that decides the rows, and what they are."""
     tokenizer, config, source, labels, views = job
-    side = config.data.image_size // tokenizer.stride
+    side, sizes = config.data.image_size // tokenizer.stride, tokenizer.quantizer.codebook_sizes
     crop = CROPS[config.evaluation.rules.crop]
     return {
         "tokenizer_sha256": state_hash(tokenizer),
         "tokenizer": tokenizer.settings.model_dump(mode="json"),
         "num_codes": tokenizer.quantizer.num_codes,
-        "code_grid": [side, side],
+        "code_grid": [side, side] if len(sizes) == 1 else [len(sizes), side, side],
+        **({"codebook_sizes": list(sizes)} if len(sizes) > 1 else {}),
         "split": split_of(config.data, config.evaluation.split),
         "images": source.fingerprint(),
         "sample_sha256": sample_hash(source),
@@ -221,7 +223,7 @@ def write_shard(
     labels: Labels | None,
     manifest: dict[str, Any],
 ) -> None:
-    """codes (R, h*w), indices and names (R,): all views of a shard's images. The file is there when it is complete."""
+    """codes (R, L), indices and names (R,): all views of a shard's images. The file is there when it is complete."""
     views = manifest["views"]
     assert len(codes) % len(views) == 0
     features = features_of(manifest, labels)
@@ -245,7 +247,6 @@ def write_shard(
 
 def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Features:
     kind = "uint16" if manifest["num_codes"] <= LARGEST_UINT16 else "int32"
-    height, width = manifest["code_grid"]
     classes = (
         {}
         if labels is None
@@ -253,7 +254,7 @@ def features_of(manifest: dict[str, Any], labels: Labels | None) -> datasets.Fea
     )
     return datasets.Features(
         {
-            "codes": datasets.Sequence(datasets.Value(kind), length=height * width),
+            "codes": datasets.Sequence(datasets.Value(kind), length=math.prod(manifest["code_grid"])),
             **classes,
             "file_name": datasets.Value("string"),
             "index": datasets.Value("int64"),

@@ -18,16 +18,16 @@ from vqgan_accel.data.order import global_index
 from vqgan_accel.data.views import to_float
 from vqgan_accel.distributed import decided_by_main, num_processes, sum_over_processes
 from vqgan_accel.interruption import StopRequest, TrainingInterruptedError, catch_stop_signals
-from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
+from vqgan_accel.randomness import QUANTIZER_NOISE, position_seed
 from vqgan_accel.run_folder import BEST, LATEST, checkpoints_folder
 from vqgan_accel.training.adversary import Adversary
 from vqgan_accel.training.checkpoint import note_validation, save_checkpoint, write_state
-from vqgan_accel.training.codebook import reinitialise_unused
 from vqgan_accel.training.learner import Learner
 from vqgan_accel.training.plan import Plan
 from vqgan_accel.training.round import Round, tokenizer_backward
 from vqgan_accel.training.setup import Run, open_run
 from vqgan_accel.training.tracking import log_line
+from vqgan_accel.training.upkeep import give_first_codes, look_after_codes
 from vqgan_accel.training.validation import ValidationStopped
 
 
@@ -54,7 +54,7 @@ def train_to_the_end(run: Run, stop_request: StopRequest) -> Path:
     validate_if_due(run, stop_request)  # where the run was stopped before or in it
     while progress.step < plan.total_steps:
         taken = take_step(run, stop_request)
-        values = taken.values | end_epoch(run, taken)
+        values = taken.values | look_after_codes(run, taken.rounds if taken.sound else [])
         report_step(run, values, taken.sound)
         if progress.bad_steps_in_a_row >= run.config.training.max_bad_steps:
             stop_diverged(run)
@@ -95,8 +95,10 @@ def take_step(run: Run, stop_request: StopRequest) -> StepTaken:
     # ---- gradients of both networks, accumulated over rounds
     rounds: list[Round] = []
     skipped_images = 0
-    for index in range(plan.rounds):
-        batch = run.pace.next(run.batches)
+    batches = [run.pace.next(run.batches) for _ in range(plan.rounds)]
+    if step == 0:
+        give_first_codes(run, batches)
+    for index, batch in enumerate(batches):
         skipped_images += batch["skipped"]
         images = to_float(batch["image"].to(run.accelerator.device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
         seeds = noise_seeds(plan, step, index, run.accelerator.process_index)
@@ -161,25 +163,6 @@ def global_values(
     return dict(zip([*names, *norms], numbers, strict=True)), int(skipped), stopping > 0
 
 
-def end_epoch(run: Run, taken: StepTaken) -> dict[str, float]:
-    """Where the step ended an epoch: use of the codes in it, and new vectors for those that nobody used."""
-    if not run.plan.ends_epoch(run.progress.step):
-        return {}
-    values = {f"epoch_{name}": value for name, value in run.usage.metrics().items()}
-    step = run.progress.step - 1
-    if taken.sound and (source := run.plan.reinit_at(step)):
-        values["reinitialised_codes"] = reinitialise_unused(
-            run.networks.tokenizer.network.quantizer,
-            run.networks.tokenizer.optimizer,
-            run.usage,
-            [made.latents for made in taken.rounds],
-            source,
-            position_seed(CODE_REINIT, run.config.seed, step),
-        )
-    run.usage.reset()
-    return values
-
-
 def report_step(run: Run, values: dict[str, float], sound: bool) -> None:
     """On the progress bar, and every log_every steps, or where there is something to be said, in the logs."""
     plan, progress, tracking = run.plan, run.progress, run.tracking
@@ -190,7 +173,7 @@ def report_step(run: Run, values: dict[str, float], sound: bool) -> None:
         tracking.say(f"step {step} skipped, for not all of its values are finite: {listed}")
     tracking.advance({"loss": f"{values['total']:.4f}"})
     regular = step == plan.total_steps or step % run.config.training.log_every == 0
-    if not (regular or plan.ends_epoch(step) or not sound):
+    if not (regular or plan.reports_usage_at(step) or not sound):
         return
     values |= {
         **({"epoch": step / plan.steps_per_epoch} if plan.steps_per_epoch else {}),

@@ -10,7 +10,7 @@ from typing import Literal
 from vqgan_accel.config import Config, TrainingConfig, batch_scale
 from vqgan_accel.data.order import steps_per_epoch
 from vqgan_accel.schedules import learning_rate
-from vqgan_accel.sections import Duration, Section
+from vqgan_accel.sections import Duration, Reinit, Section
 
 # of the adversarial game: the discriminator is not there yet; it learns alone; it teaches the tokenizer, too
 Phase = Literal["absent", "alone", "teaching"]
@@ -29,6 +29,8 @@ class Plan:
     decay_steps: int
     discriminator_start: int | None  # optimizer step of the discriminator's first update; None: never
     discriminator_warmup: int  # steps from then on in which its loss does not reach the tokenizer
+    reinit_every: int | None  # steps between two replacements of codes; None: never
+    usage_every: int  # steps over which the use of codes is counted, and after which it is reported
     validate_every: int  # steps
     checkpoint_every: int
 
@@ -36,10 +38,6 @@ class Plan:
     def rounds(self) -> int:
         """Accumulation rounds per optimizer step."""
         return self.config.training.gradient_accumulation_steps
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch is complete after `step` steps."""
-        return self.steps_per_epoch is not None and step % self.steps_per_epoch == 0
 
     def learning_rate_at(self, step: int) -> float:
         final = self.learning_rate * self.config.training.lr_final_ratio
@@ -69,13 +67,14 @@ class Plan:
         """Whether a checkpoint is due after `step` steps."""
         return step == self.total_steps or step % self.checkpoint_every == 0
 
-    def reinit_at(self, step: int) -> Literal["latents", "used_codes"] | None:
-        """What replaces the unused codes at the end of this step; None where they stay."""
-        reinit = self.config.quantizer.reinit
-        if reinit is None:
-            return None
-        assert self.steps_per_epoch is not None  # make_plan has seen to it
-        return reinit.source if (step + 1) % (reinit.every_epochs * self.steps_per_epoch) == 0 else None
+    def reports_usage_at(self, step: int) -> bool:
+        """Whether the use of codes is reported after `step` steps, and counted anew."""
+        return step % self.usage_every == 0
+
+    def reinit_at(self, step: int) -> Reinit | None:
+        """How codes are replaced at the end of this step; None where they stay."""
+        due = self.reinit_every is not None and (step + 1) % self.reinit_every == 0
+        return self.config.quantizer.reinit if due else None
 
 
 def make_plan(config: Config, num_images: int | None, num_processes: int) -> Plan:
@@ -110,6 +109,9 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
     start = config.discriminator.start.steps(epoch) if config.discriminator else None
     if start is not None and start >= total_steps and training.max_steps is None:
         raise ValueError(f"discriminator.start (step {start}) is not before training ends (step {total_steps})")
+    validate_every = max(1, training.validate_every.steps(epoch))
+    reinit = config.quantizer.reinit
+    reinit_every = max(1, reinit.every.steps(epoch)) if reinit else None
     return Plan(
         config=config,
         num_images=num_images,
@@ -122,9 +124,18 @@ def make_plan(config: Config, num_images: int | None, num_processes: int) -> Pla
         decay_steps=training.lr_decay.steps(epoch) if training.lr_decay else total_steps,
         discriminator_start=start,
         discriminator_warmup=config.discriminator.warmup.steps(epoch) if config.discriminator else 0,
-        validate_every=max(1, training.validate_every.steps(epoch)),
+        reinit_every=reinit_every,
+        usage_every=usage_window(reinit_every, epoch) or validate_every,
+        validate_every=validate_every,
         checkpoint_every=max(1, training.checkpoint_every.steps(epoch)),
     )
+
+
+def usage_window(reinit_every: int | None, epoch: int | None) -> int | None:
+    """Steps over which uses are counted: an epoch, unless codes are replaced at other times. Both are in steps."""
+    if reinit_every is None or (epoch is not None and reinit_every % epoch == 0):
+        return epoch
+    return reinit_every
 
 
 def total_steps_of(training: TrainingConfig, epoch: int | None) -> int:
@@ -145,12 +156,13 @@ def require_steps(config: Config) -> None:
         )
 
 
-def in_epochs(config: Config) -> dict[str, Duration | float]:
+def in_epochs(section: Section, prefix: str = "") -> dict[str, Duration | float]:
     """Key -> value of everything that is given in epochs: durations, and what is called `..._epochs`."""
     found: dict[str, Duration | float] = {}
-    for section_name, section in config:
-        for name, value in section if isinstance(section, Section) else ():
-            counted = value.value if isinstance(value, Duration) and value.unit == "epochs" else None
-            if counted or (name.endswith("_epochs") and value is not None):
-                found[f"{section_name}.{name}"] = value
+    for name, value in section:
+        if isinstance(value, Section):
+            found |= in_epochs(value, f"{prefix}{name}.")
+        counted = value.value if isinstance(value, Duration) and value.unit == "epochs" else None
+        if counted or (name.endswith("_epochs") and value is not None):
+            found[prefix + name] = value
     return found

@@ -119,7 +119,7 @@ def set_up(config: Config, resume: bool, held: ExitStack) -> Run:
 
     networks = prepare_networks(built, config, accelerator)
     settle_buckets(networks, accelerator, plan.batch_size, config.data.image_size)
-    usage = CodebookUsage(config.quantizer.num_codes, accelerator.device)
+    usage = CodebookUsage(config.quantizer.codebook_sizes, accelerator.device)
     progress = Progress()
     stream = StreamPosition(order.states_at, progress)
     state = {"progress": progress, "usage": usage, **networks.state(), "stream": stream}
@@ -192,8 +192,8 @@ def open_order(ground: Ground) -> TrainingOrder | StreamOrder:
 def open_validation(ground: Ground) -> Validation:
     """ValueError or FileNotFoundError where a metric's network is missing, or there are too few images for one."""
     config, accelerator = ground.config, ground.accelerator
-    names, num_codes = config.training.validation_metrics, config.quantizer.num_codes
-    metrics, batches = open_measurement(config, names, num_codes, ground.validation_source, accelerator)
+    names, sizes = config.training.validation_metrics, config.quantizer.codebook_sizes
+    metrics, batches = open_measurement(config, names, sizes, ground.validation_source, accelerator)
     return Validation(config, batches, metrics, accelerator.device)
 
 

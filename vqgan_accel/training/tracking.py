@@ -30,6 +30,7 @@ IN_A_LINE = {  # of the values of a step, where it has them, and what they are c
     "discriminator": "D",
     "adversarial_weight": "weight of G",
     "epoch_codebook_usage": "codes in use, %",
+    "recent_codebook_usage": "codes in use, %",
     "reinitialised_codes": "replaced codes",
 }
 

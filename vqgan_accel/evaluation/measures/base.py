@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
     config: EvaluationConfig
     networks: Networks
-    num_codes: int
+    codebook_sizes: tuple[int, ...]
     device: torch.device
 
 
@@ -41,7 +41,8 @@ class Seen:
         positions: Tensor,
         tokenizer: ImageTokenizer | None,
     ) -> None:
-        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w), positions (B,) in the split."""
+        """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w) or (B, q, h, w), positions (B,) in the
+        split."""
         self.setting, self.protocol = setting, setting.config.rules
         self.images, self.reconstructions = images, reconstructions.clamp(-1, 1)
         self.codes, self.positions, self.tokenizer = codes, positions, tokenizer

@@ -1,8 +1,14 @@
-"""Quantizers, one idea a file; the sections of `vqgan_accel/config/quantizers.py` build them."""
+"""Quantizers, one idea a file; the sections of `vqgan_accel/config/quantizers/` build them."""
 
 from __future__ import annotations
 
-from vqgan_accel.models.quantizers.base import CodebookQuantizer, Quantizer, QuantizerOutput, count_codes
+from vqgan_accel.models.quantizers.base import (
+    CodebookQuantizer,
+    Quantizer,
+    QuantizerOutput,
+    count_all_codes,
+    count_codes,
+)
 from vqgan_accel.models.quantizers.ema import EMAQuantizer
 from vqgan_accel.models.quantizers.entropy import EntropyQuantizer
 from vqgan_accel.models.quantizers.gumbel import GumbelQuantizer
@@ -16,5 +22,6 @@ __all__ = [
     "Quantizer",
     "QuantizerOutput",
     "StandardQuantizer",
+    "count_all_codes",
     "count_codes",
 ]

@@ -1,14 +1,13 @@
 """The quantizer whose codebook is a moving average of the latents (van den Oord et al. 2017, appendix A.1; Sonnet's
 VectorQuantizerEMA).
 
-Two things differ from most implementations. Statistics are sums over all processes and accumulation rounds, applied
+Three things differ from most implementations. Statistics are sums over all processes and accumulation rounds, applied
 once per optimizer step, so the codebook does not depend on how a batch is split. Counts start at 1 and sums at the
-codebook, and the smoothing total is that of the counts, so unused codes do not explode.
+codebook, and the smoothing total is that of the counts, so unused codes do not explode, and they rest before they
+shrink.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +16,19 @@ from torch.nn import functional as F
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.models.quantizers.base import (
     CodebookQuantizer,
-    QuantizerOutput,
+    Found,
+    Gradient,
+    Init,
     count_codes,
     flatten,
     gather_codes,
     initial_codebook,
     nearest_codes,
-    straight_through,
 )
+
+# A count far below epsilon would take the code's vector to the origin: one that nobody uses stays where it is from here
+# on, and moves as far as before once it is used again.
+RESTS_BELOW = 0.01
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -43,16 +47,19 @@ class EMAQuantizer(CodebookQuantizer):
         decay: float,
         epsilon: float,
         l2_normalize: bool = False,
+        gradient: Gradient = "straight_through",
+        init: Init = "uniform",
     ) -> None:
         super().__init__()
         self.num_codes = num_codes
         self.input_channels = embedding_dim
         self.commitment_cost = commitment_cost
         self.l2_normalize = l2_normalize
+        self.gradient = gradient
         self.decay = decay
         self.epsilon = epsilon
         self.register_buffer("counts", torch.ones(num_codes))
-        self.register_buffer("sums", self.comparable(initial_codebook(num_codes, embedding_dim)))
+        self.register_buffer("sums", self.comparable(initial_codebook(num_codes, embedding_dim, init)))
         self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
         self.register_buffer("new_sums", torch.zeros(num_codes, embedding_dim), persistent=False)
 
@@ -62,17 +69,17 @@ class EMAQuantizer(CodebookQuantizer):
     def stored_vectors_of(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.sums) / smoothed_counts(self.counts, self.epsilon)[codes, None]
 
-    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
-        latents, codebook = self.comparable(latents), self.codebook_vectors()
+    def look_up(self, latents: Tensor) -> Found:
+        codebook = self.codebook_vectors()
         codes = nearest_codes(latents, codebook)
-        quantized = gather_codes(codebook, codes)
+        vectors = gather_codes(codebook, codes)
         if self.training:
             self.new_counts += count_codes(codes, self.num_codes)
             self.new_sums.index_add_(0, codes.flatten(), flatten(latents.detach()))
-        commitment_loss = F.mse_loss(latents, quantized)
-        return QuantizerOutput(
-            straight_through(latents, quantized),
+        commitment_loss = F.mse_loss(latents, vectors)
+        return Found(
             codes,
+            vectors,
             self.commitment_cost * commitment_loss,
             {"commitment_loss": commitment_loss.detach()},
         )
@@ -81,8 +88,11 @@ class EMAQuantizer(CodebookQuantizer):
     def apply_update(self) -> None:
         if not self.training:
             return
-        self.counts.lerp_(sum_over_processes(self.new_counts), 1 - self.decay)
-        self.sums.lerp_(sum_over_processes(self.new_sums), 1 - self.decay)
+        new_counts, new_sums = sum_over_processes(self.new_counts), sum_over_processes(self.new_sums)
+        rests = (new_counts == 0) & (self.counts < RESTS_BELOW)
+        share = torch.where(rests, 0.0, 1 - self.decay)  # (K,)
+        self.counts.lerp_(new_counts, share)
+        self.sums.lerp_(new_sums, share[:, None])
         self.discard_update()
 
     def discard_update(self) -> None:

@@ -4,14 +4,13 @@ asks for confident assignments (low entropy per token) and even use of the codes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vqgan_accel.distributed import mean_over_processes_with_gradient
-from vqgan_accel.models.quantizers.base import QuantizerOutput, flatten
+from vqgan_accel.models.quantizers.base import Found, Gradient, Init, flatten
 from vqgan_accel.models.quantizers.nearest import StandardQuantizer
 
 LOG_EPS = 1e-5  # keeps the logarithm of a code that nobody uses finite
@@ -30,21 +29,23 @@ class EntropyQuantizer(StandardQuantizer):
         temperature: float,
         target: Literal["softmax", "argmax"],
         l2_normalize: bool = False,
+        gradient: Gradient = "straight_through",
+        init: Init = "uniform",
     ) -> None:
-        super().__init__(num_codes, embedding_dim, commitment_cost, l2_normalize)
+        super().__init__(num_codes, embedding_dim, commitment_cost, l2_normalize, gradient, init)
         self.ratio = ratio
         self.temperature = temperature
         self.target = target
 
-    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
-        output = super().quantize(latents, sample_seeds)
+    def look_up(self, latents: Tensor) -> Found:
+        found = super().look_up(latents)
         # With |z|^2, which no softmax needs, the logits of the near codes are small and keep more of float32's digits.
-        tokens, codebook = flatten(self.comparable(latents)), self.codebook_vectors()
+        tokens, codebook = flatten(latents), self.codebook_vectors()
         distances = tokens.square().sum(1, keepdim=True) - 2 * tokens @ codebook.T + codebook.square().sum(1)
         entropy_loss = self.entropy_loss(-distances / self.temperature)
-        return output._replace(
-            loss=output.loss + self.ratio * entropy_loss,
-            metrics={**output.metrics, "entropy_loss": entropy_loss.detach()},
+        return found._replace(
+            loss=found.loss + self.ratio * entropy_loss,
+            metrics={**found.metrics, "entropy_loss": entropy_loss.detach()},
         )
 
     def entropy_loss(self, logits: Tensor) -> Tensor:

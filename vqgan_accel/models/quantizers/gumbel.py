@@ -30,7 +30,7 @@ class GumbelQuantizer(Quantizer):
         self.temperature = 1.0
         self.kl_cost = 0.0
         self.x_to_logits = nn.Conv2d(self.input_channels, num_codes, 1)
-        self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim))
+        self.codebook = nn.Parameter(initial_codebook(num_codes, embedding_dim, "uniform"))
 
     def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
         logits = self.x_to_logits(latents)  # (B, K, h, w)

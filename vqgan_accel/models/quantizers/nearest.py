@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqgan_accel.models.quantizers.base import (
     CodebookQuantizer,
-    QuantizerOutput,
+    Found,
+    Gradient,
+    Init,
     gather_codes,
     initial_codebook,
     nearest_codes,
-    straight_through,
 )
 
 
 class StandardQuantizer(CodebookQuantizer):
     """loss = |sg[z] - e|^2 + beta |z - sg[e]|^2 (eq. 3), means over all elements."""
 
-    def __init__(self, num_codes: int, embedding_dim: int, commitment_cost: float, l2_normalize: bool = False) -> None:
+    def __init__(
+        self,
+        num_codes: int,
+        embedding_dim: int,
+        commitment_cost: float,
+        l2_normalize: bool = False,
+        gradient: Gradient = "straight_through",
+        init: Init = "uniform",
+    ) -> None:
         super().__init__()
         self.num_codes = num_codes
         self.input_channels = embedding_dim
         self.commitment_cost = commitment_cost
         self.l2_normalize = l2_normalize
-        self.codebook = nn.Parameter(self.comparable(initial_codebook(num_codes, embedding_dim)))
+        self.gradient = gradient
+        self.codebook = nn.Parameter(self.comparable(initial_codebook(num_codes, embedding_dim, init)))
 
     def stored_vectors(self) -> Tensor:
         return self.codebook
 
-    def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
-        latents, codebook = self.comparable(latents), self.codebook_vectors()
+    def look_up(self, latents: Tensor) -> Found:
+        codebook = self.codebook_vectors()
         codes = nearest_codes(latents, codebook)
-        quantized = gather_codes(codebook, codes)
-        codebook_loss = F.mse_loss(quantized, latents.detach())
-        commitment_loss = F.mse_loss(latents, quantized.detach())
-        return QuantizerOutput(
-            straight_through(latents, quantized),
+        vectors = gather_codes(codebook, codes)
+        codebook_loss = F.mse_loss(vectors, latents.detach())
+        commitment_loss = F.mse_loss(latents, vectors.detach())
+        return Found(
             codes,
+            vectors,
             codebook_loss + self.commitment_cost * commitment_loss,
             {"codebook_loss": codebook_loss.detach(), "commitment_loss": commitment_loss.detach()},
         )

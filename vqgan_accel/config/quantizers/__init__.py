@@ -1,0 +1,28 @@
+"""The quantizers' sections; their union is the list of all quantizers there are.
+
+A new one may lie beside its module, in one file. These do not, so that a misspelt key is told before torch is imported.
+"""
+
+from typing import Annotated
+
+from vqgan_accel.config.quantizers.gumbel import GumbelQuantizerConfig
+from vqgan_accel.config.quantizers.nearest import (
+    EMAQuantizerConfig,
+    EntropyQuantizerConfig,
+    NearestCodeConfig,
+    StandardQuantizerConfig,
+)
+from vqgan_accel.sections import ByType
+
+__all__ = [
+    "EMAQuantizerConfig",
+    "EntropyQuantizerConfig",
+    "GumbelQuantizerConfig",
+    "NearestCodeConfig",
+    "QuantizerConfig",
+    "QuantizerField",
+    "StandardQuantizerConfig",
+]
+
+QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | GumbelQuantizerConfig
+QuantizerField = Annotated[QuantizerConfig, ByType()]
