@@ -178,7 +178,7 @@ def test_the_host_waits_once_a_step(case: Case, steps_of: Callable[[Case], list[
 
 
 # bytes of what a quantizer of 16 codes of 8 numbers sums itself: in each of two rounds, or once an update
-OWN = {"ema": [64, 512], "entropy": [64, 64]}
+OWN = {"ema": [64, 512], "entropy": [64, 64], "residual": 3 * [64, 512]}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -197,7 +197,8 @@ def test_an_update_sends_each_gradient_once_and_little_else(
         assert [each.place.function for each in gradients] == ["tokenizer_backward", "_learn"]
         rest = [each.bytes for each in step.collectives if each not in gradients]
         last_layer = 2 * 4 * built[0].decoder.conv_out.weight.numel()  # its two gradients, for lambda, each round
-        for known in (last_layer, last_layer, 8 * 16, *OWN.get(kind, [])):  # the use of the codes is counted in int64
+        uses = 8 * sum(config.quantizer.codebook_sizes)  # which are counted in int64
+        for known in (last_layer, last_layer, uses, *OWN.get(kind, [])):
             rest.remove(known)
         assert len(rest) == 1 and rest[0] <= 4 * 16  # losses, skipped images, requests
 

@@ -15,11 +15,14 @@ from vqgan_accel.models.build import layout_differences
 from vqgan_accel.sections import ByType, Learning, OneOf, Section, layout_of, sections_of, type_of
 
 # what decides, for the four quantizers of old, what their weights and codes mean
+EMA = {"type", "num_codes", "embedding_dim", "l2_normalize", "epsilon"}
 LAYOUT = {
     "standard": {"type", "num_codes", "embedding_dim", "l2_normalize"},
-    "ema": {"type", "num_codes", "embedding_dim", "l2_normalize", "epsilon"},
+    "ema": EMA,
     "entropy": {"type", "num_codes", "embedding_dim", "l2_normalize"},
     "gumbel": {"type", "num_codes", "embedding_dim", "hidden_channels"},
+    "residual": {"type", "depth", "shared", *(f"inner.{key}" for key in EMA)},
+    "product": {"type", "groups", *(f"inner.{key}" for key in EMA)},
 }
 
 
@@ -28,7 +31,7 @@ def test_what_says_how_to_learn_is_no_layout(section: type[Section]) -> None:
     kind = type_of(section)
     layout = layout_of(section(type=kind))
     assert layout.keys() == LAYOUT.get(kind, layout.keys())
-    assert {"type", *layout} <= section.model_fields.keys()
+    assert {"type", *(key.split(".")[0] for key in layout)} <= section.model_fields.keys()
 
 
 def test_a_field_whose_mark_was_forgotten_refuses_weights_and_a_marked_one_does_not(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from torch import Tensor
 from vqgan_accel.models.quantizers import EMAQuantizer
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.sections import Duration
+
+
+def places(quantizer: str) -> tuple[int, ...]:
+    """What a position's codes add to their shape."""
+    sizes = QUANTIZERS[quantizer].codebook_sizes
+    return (len(sizes),) if len(sizes) > 1 else ()
+
 
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 
@@ -40,7 +48,7 @@ def test_shapes_types_and_ranges_of_every_output(quantizer: str, mode: str) -> N
     assert not output.latents.requires_grad and not output.last_features.requires_grad
     assert not any(value.requires_grad or value.shape for value in output.quantizer.metrics.values())
     codes = output.quantizer.codes
-    assert codes.dtype == torch.int64 and codes.shape == (3, 4, 6)
+    assert codes.dtype == torch.int64 and codes.shape == (3, *places(quantizer), 4, 6)
     assert codes.min() >= 0 and codes.max() < QUANTIZERS[quantizer].num_codes
     assert len(codes.unique()) > 3  # or the laws below would hold of a constant
 
@@ -147,17 +155,31 @@ def test_images_of_another_shape_are_an_error_with_both_shapes(shape: tuple[int,
     [
         (lambda k: torch.tensor([[[0, k]]]), "lie in [0, {k}), not in [0, {k}]"),
         (lambda k: torch.tensor([[[-1, 3]]]), "lie in [0, {k}), not in [-1, 3]"),
-        (lambda k: torch.zeros(1, 2, 2).int(), "are int64 of shape (B, h, w), not torch.int32 of shape (1, 2, 2)"),
-        (lambda k: torch.zeros(1, 2, 2), "are int64 of shape (B, h, w), not torch.float32 of shape (1, 2, 2)"),
-        (lambda k: torch.zeros(1, 4).long(), "are int64 of shape (B, h, w), not torch.int64 of shape (1, 4)"),
+        (lambda k: torch.zeros(1, 2, 2).int(), "are int64 of shape {shape}, not torch.int32 of shape {given}"),
+        (lambda k: torch.zeros(1, 2, 2), "are int64 of shape {shape}, not torch.float32 of shape {given}"),
+        (lambda k: torch.zeros(1).long(), "are int64 of shape {shape}, not torch.int64 of shape {given}"),
     ],
     ids=["too large", "negative", "int32", "float", "flat"],
 )
 def test_codes_that_are_none_are_an_error(quantizer: str, codes: Callable[[int], Tensor], sentence: str) -> None:
-    k = QUANTIZERS[quantizer].num_codes
+    k, several = QUANTIZERS[quantizer].num_codes, places(quantizer)
+    given = codes(k)
+    if several and given.ndim > 1:  # as bad in the last codebook alone
+        given = torch.stack([*[torch.zeros_like(given)] * (several[0] - 1), given], 1)
     with pytest.raises(ValueError) as error:
-        tiny_tokenizer(QUANTIZERS[quantizer]).decode(codes(k))
-    assert str(error.value) == f"codes {sentence.format(k=k)}"
+        tiny_tokenizer(QUANTIZERS[quantizer]).decode(given)
+    shape = f"(B, {several[0]}, h, w)" if several else "(B, h, w)"
+    assert str(error.value) == f"codes {sentence.format(k=k, shape=shape, given=tuple(given.shape))}"
+
+
+def test_codes_of_one_codebook_are_not_those_of_several() -> None:
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=re.escape("shape (B, 3, h, w), not torch.int64 of shape (1, 4, 4)")):
+        tiny_tokenizer(QUANTIZERS["residual"]).decode(codes)
+    with pytest.raises(ValueError, match=re.escape("shape (B, 3, h, w), not torch.int64 of shape (1, 2, 4, 4)")):
+        tiny_tokenizer(QUANTIZERS["residual"]).decode(codes[:, None].expand(1, 2, 4, 4))
+    with pytest.raises(ValueError, match=re.escape("shape (B, h, w), not torch.int64 of shape (1, 1, 4, 4)")):
+        tiny_tokenizer(QUANTIZERS["standard"]).decode(codes[:, None])
 
 
 def test_the_first_and_the_last_code_and_an_empty_batch_decode() -> None:

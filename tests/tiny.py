@@ -25,10 +25,20 @@ def having(kind: str, **settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if section and name in section.model_fields}
 
 
+INNER = {"type": "ema", "num_codes": 16, "embedding_dim": 8}
+SMALL: dict[str, dict[str, Any]] = {  # what makes a type small that has no num_codes
+    "residual": {"depth": 3, "inner": INNER, "dropout": 0.5},
+    "product": {"groups": 2, "inner": {**INNER, "type": "standard"}},
+}
+
+
+def small(kind: str) -> dict[str, Any]:
+    """16 codes of 8 numbers where it has keys for that, and else what SMALL has."""
+    return {"type": kind, **having(kind, num_codes=16, embedding_dim=8), **SMALL.get(kind, {})}
+
+
 def tiny_quantizer(kind: str, **settings: Any) -> QuantizerConfig:
-    """16 codes of 8 numbers where it has keys for that, and else as it is."""
-    values = {"type": kind, **having(kind, num_codes=16, embedding_dim=8), **settings}
-    return QUANTIZER_SECTIONS[kind].model_validate(values)
+    return QUANTIZER_SECTIONS[kind].model_validate(small(kind) | settings)
 
 
 # One of each type that there is: what these are tried with, a new one is tried with, too.
@@ -63,7 +73,7 @@ def tiny_config(folder: Path, **overrides: Any) -> Config:
         "output_dir": str(folder / "run"),
         "data": {"path": str(folder / "images"), "image_size": SIZE, "workers": 0},
         "autoencoder": {"channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1},
-        "quantizer": {"type": kind, **having(kind, num_codes=16, embedding_dim=8)},
+        "quantizer": small(kind),
         "losses": {"perceptual_weight": 0},
         "training": {"max_steps": 2, "total_batch_size": 4},
         "evaluation": {"metrics": ["l2", "psnr", "ssim", "codebook"], "batch_size": 2, "grid_images": 2},

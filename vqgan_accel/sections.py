@@ -136,10 +136,16 @@ Learning = Annotated[T, _LEARNING]  # marks such a field: `decay: Learning[float
 
 
 def layout_of(section: Section) -> dict[str, Any]:
-    """Every field but those marked as `Learning`. Weights of two sections mean the same if and only if these are equal:
-    a forgotten mark refuses what would have fitted, and lets nothing pass."""
-    fields = type(section).model_fields
-    return {name: getattr(section, name) for name, field in fields.items() if _LEARNING not in field.metadata}
+    """Every field, of sections in it too, but those marked as `Learning`. Weights of two sections mean the same if and
+    only if these are equal: a forgotten mark refuses what would have fitted, and lets nothing pass."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            found |= {f"{name}.{key}": part for key, part in layout_of(value).items()}
+        elif _LEARNING not in field.metadata:
+            found[name] = value
+    return found
 
 
 # ---- components

@@ -19,7 +19,7 @@ from vqgan_accel.config.schema import Config
 from vqgan_accel.config.sentences import sentences
 from vqgan_accel.files import write_atomically
 from vqgan_accel.recipes import recipes
-from vqgan_accel.sections import sections_of, type_of
+from vqgan_accel.sections import Section, sections_of, type_of
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -78,20 +78,28 @@ def parse_config(values: DictConfig | dict[str, Any], overrides: Sequence[str] =
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
 
-def _without_other_types(values: DictConfig, overrides: DictConfig, source: str) -> DictConfig:
+def _without_other_types(
+    values: DictConfig, overrides: DictConfig, source: str, model: type[Section] = Config, prefix: str = ""
+) -> DictConfig:
     """The values of a file without what belongs to another type of a section than the one that an override asks for:
     `quantizer.type=standard` begins with that type's defaults. What is left out is said."""
-    for name, field in Config.model_fields.items():
-        kinds = {type_of(part): part for part in sections_of(field.annotation) if "type" in part.model_fields}
-        section, other = (values.get(name), overrides.get(name)) if kinds else (None, None)
-        kind = other.get("type") if isinstance(other, DictConfig) else None
-        fields = kinds[kind].model_fields if kind in kinds else None
-        if not isinstance(section, DictConfig) or fields is None:
+    for name, field in model.model_fields.items():
+        parts = sections_of(field.annotation)
+        section, other = (values.get(name), overrides.get(name)) if parts else (None, None)
+        if not isinstance(section, DictConfig) or not isinstance(other, DictConfig):
             continue
-        dropped = {key: section.pop(key) for key in list(section) if key not in fields}
-        if dropped and os.environ.get("RANK", "0") == "0":
-            listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
-            print(f"{name}.type={kind} leaves out what {source} says of another type: {listed}", file=sys.stderr)
+        kinds = {type_of(part): part for part in parts if "type" in part.model_fields}
+        kind = other.get("type")
+        if kind in kinds:
+            fields = kinds[kind].model_fields
+            dropped = {key: section.pop(key) for key in list(section) if key not in fields}
+            if dropped and os.environ.get("RANK", "0") == "0":
+                listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
+                said = f"{prefix}{name}.type={kind} leaves out what {source} says of another type: {listed}"
+                print(said, file=sys.stderr)
+        inside = kinds.get(kind or section.get("type")) if kinds else parts[0]
+        if inside is not None:
+            _without_other_types(section, other, source, inside, f"{prefix}{name}.")
     return values
 
 

@@ -12,6 +12,7 @@ from vqgan_accel.config.quantizers.nearest import (
     NearestCodeConfig,
     StandardQuantizerConfig,
 )
+from vqgan_accel.config.quantizers.several import ProductQuantizerConfig, ResidualQuantizerConfig
 from vqgan_accel.sections import ByType
 
 __all__ = [
@@ -19,10 +20,19 @@ __all__ = [
     "EntropyQuantizerConfig",
     "GumbelQuantizerConfig",
     "NearestCodeConfig",
+    "ProductQuantizerConfig",
     "QuantizerConfig",
     "QuantizerField",
+    "ResidualQuantizerConfig",
     "StandardQuantizerConfig",
 ]
 
-QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | GumbelQuantizerConfig
+QuantizerConfig = (
+    StandardQuantizerConfig
+    | EMAQuantizerConfig
+    | EntropyQuantizerConfig
+    | GumbelQuantizerConfig
+    | ResidualQuantizerConfig
+    | ProductQuantizerConfig
+)
 QuantizerField = Annotated[QuantizerConfig, ByType()]

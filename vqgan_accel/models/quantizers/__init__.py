@@ -13,14 +13,18 @@ from vqgan_accel.models.quantizers.ema import EMAQuantizer
 from vqgan_accel.models.quantizers.entropy import EntropyQuantizer
 from vqgan_accel.models.quantizers.gumbel import GumbelQuantizer
 from vqgan_accel.models.quantizers.nearest import StandardQuantizer
+from vqgan_accel.models.quantizers.product import ProductQuantizer
+from vqgan_accel.models.quantizers.residual import ResidualQuantizer
 
 __all__ = [
     "CodebookQuantizer",
     "EMAQuantizer",
     "EntropyQuantizer",
     "GumbelQuantizer",
+    "ProductQuantizer",
     "Quantizer",
     "QuantizerOutput",
+    "ResidualQuantizer",
     "StandardQuantizer",
     "count_all_codes",
     "count_codes",

@@ -113,6 +113,10 @@ class LookupQuantizer(Quantizer):
         """comparable latents (B, D, h, w) -> codes (B, h, w), without side effects"""
         raise NotImplementedError
 
+    def residual_scale(self) -> Tensor | float:
+        """By how much the next level of a residual quantizer is finer; a tensor is (D, 1, 1)."""
+        return 1.0
+
     def look_up(self, latents: Tensor) -> Found:
         """`find` in a forward pass: with losses and, in training, statistics."""
         raise NotImplementedError
