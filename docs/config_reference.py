@@ -18,6 +18,7 @@ from vqgan_accel.config import Config
 from vqgan_accel.config.autoencoders import ConvolutionalConfig
 from vqgan_accel.config.keys import keys_of
 from vqgan_accel.sections import sections_of, type_of
+from vqgan_accel.words import either
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -65,9 +66,14 @@ def table(section: type[BaseModel], prefix: str) -> list[str]:
         default = "must be given" if key.required else f"`{key.default}`"
         cells = [f"`{key.name}`", key.allowed, default, meaning(section, key.name.removeprefix(prefix))]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    inside = {name: sections_of(field.annotation) for name, field in section.model_fields.items()} if prefix else {}
+    for name, sections in inside.items():
+        if len(sections) > 1:  # that have tables of their own
+            types, default = either([f"`{type_of(one)}`" for one in sections]), section.model_fields[name].default.type
+            rows.append(f"| `{prefix}{name}` | section of type {types} | `{default}` | {meaning(section, name)} |")
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""]
-    for name, field in section.model_fields.items() if prefix else ():
-        for inner in sections_of(field.annotation):
+    for name, sections in inside.items():
+        for inner in sections if len(sections) == 1 else []:
             title = [f"### {prefix}{name}", "", f"{meaning(section, name)}.", ""]
             lines += [*title, *introduction(inner), *table(inner, f"{prefix}{name}.")]
     return lines
