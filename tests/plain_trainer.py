@@ -122,7 +122,10 @@ class PlainTrainer:
             self.update_average(training.ema_decay)
         self.use += torch.bincount(torch.cat(codes).flatten(), minlength=len(self.use))
         if (step + 1) % self.steps_per_epoch == 0:
-            line |= self.end_epoch(step, torch.stack(latents, 1).flatten(0, 1))  # sample b k + r: b-th of round r
+            both = (
+                torch.stack(parts, 1).flatten(0, 1) for parts in (latents, codes)
+            )  # sample b k + r: b-th of round r
+            line |= self.end_epoch(step, *both)
         line |= {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "bad_steps": 0, "skipped_images": 0}
         self.lines.append(line | {"learning_rate": self.learning_rate(step)})
 
@@ -175,11 +178,19 @@ class PlainTrainer:
         for name in self.average.keys() - dict(self.tokenizer.named_parameters()).keys():
             self.average[name] = self.tokenizer.state_dict()[name].clone()
 
-    def end_epoch(self, step: int, latents: Tensor) -> dict[str, float]:
-        """latents: (B, D, h, w) of the step's whole batch"""
+    @torch.no_grad()
+    def end_epoch(self, step: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
+        """latents (B, D, h, w) and codes (B, h, w): of the step's whole batch"""
         share = self.use[self.use > 0] / self.use.sum()
         values = {"epoch_perplexity": math.exp(-(share * share.log()).sum())}
         values["epoch_codebook_usage"] = 100 * len(share) / len(self.use)
+        vectors = self.quantizer.vectors()
+        values["codebook_norm"] = (vectors**2).sum(1).sqrt().mean().item()
+        if isinstance(self.quantizer, NearestCode):
+            tokens = self.quantizer.unit(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
+            values["quantization_error"] = ((tokens - vectors[codes.flatten()]) ** 2).sum().item() / (
+                tokens**2
+            ).sum().item()
         every = getattr(self.config.quantizer, "reinit_every", None)
         if every and (step + 1) % (every.value * self.steps_per_epoch) == 0:
             draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
@@ -306,6 +317,9 @@ class Gumbel:
     def __init__(self, network: Any, trainer: PlainTrainer) -> None:
         self.network, self.trainer = network, trainer
         self.config: Any = trainer.config.quantizer
+
+    def vectors(self) -> Tensor:
+        return self.network.codebook
 
     def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
         config, codebook = self.config, self.network.codebook

@@ -114,7 +114,7 @@ def test_a_line_for_people_has_what_is_watched_and_no_more() -> None:
     values = {name: 0.123456 * (number + 1) for number, name in enumerate(IN_A_LINE)} | {"grad_norm_tokenizer": 1.0}
     assert log_line(20, 1000, values, {"step_time": 0.0}, "") == (
         "step 20 of 1,000: loss 0.1235, l1 0.2469, l2 0.3704, perceptual 0.4938, G 0.6173, D 0.7407, "
-        "weight of G 0.8642, codes in use, % 0.9876, replaced codes 1.111"
+        "weight of G 0.8642, codes in use, % 0.9876, codes in use, % 1.111, replaced codes 1.235"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import Rank, from_a_new_process
 from runs import assert_same_bits, metrics
 from tiny import SIZE, tiny_config, write_splits
@@ -44,10 +45,11 @@ def test_its_picture_has_as_many_images_as_the_config_says_over_their_reconstruc
 ) -> None:
     with open_run(tiny_config(tmp_path, evaluation={"grid_images": number})) as run:
         evaluation = run.validation.measure(run.networks.best_tokenizer, StopRequest())
-        picture = run.validation.record(tmp_path / "run", 7, evaluation)
+        pictures = run.validation.record(tmp_path / "run", 7, evaluation)  # which trackers get
         run.validation.record(tmp_path / "run", 8, evaluation)
-    assert picture is not None  # which trackers get
-    tiles = grid_tiles(picture, SIZE)
+    assert pictures.keys() == {"codebook", "validation"}
+    assert np.array_equal(np.asarray(pictures["codebook"]), np.asarray(Image.open(tmp_path / "run" / "codebook.png")))
+    tiles = grid_tiles(pictures["validation"], SIZE)
     assert len(tiles) == number
     for index, (original, rebuilt) in enumerate(tiles):
         assert np.array_equal(np.asarray(original), to_uint8(evaluation.originals)[index])
@@ -63,7 +65,7 @@ def test_its_picture_has_as_many_images_as_the_config_says_over_their_reconstruc
 def test_without_images_to_show_there_is_no_picture(tmp_path: Path) -> None:
     with open_run(tiny_config(tmp_path, evaluation={"grid_images": 0})) as run:
         evaluation = run.validation.measure(run.networks.best_tokenizer, StopRequest())
-        assert run.validation.record(tmp_path / "run", 7, evaluation) is None
+        assert run.validation.record(tmp_path / "run", 7, evaluation).keys() == {"codebook"}
     assert not (tmp_path / "run" / "images").exists() and (tmp_path / "run" / "validation.json").is_file()
 
 

@@ -10,6 +10,7 @@ RUN/report.html                    all of it to be looked at, written at the end
 RUN/.lock                          held by the process that trains there
 RUN/wandb_id                       the id of the run on wandb, where it is tracked there
 RUN/images/step_00001000.png       validation originals over reconstructions
+RUN/codebook.png                   how evenly the last validation used the codes
 RUN/checkpoints/step_00001000/     see training/checkpoint.py; `latest` and `best` are links to such folders
 RUN/evaluation/...                 what evaluate.py measured
 """
@@ -27,6 +28,7 @@ STARTS = "starts.jsonl"
 STATUS = "status.json"
 VALIDATION = "validation.json"
 REPORT = "report.html"
+CODEBOOK_PICTURE = "codebook.png"  # the uses of the codes in the last validation
 PICTURES = "images"  # a folder of one for each validation
 WANDB_ID = "wandb_id"  # of the run there, so that a resumed one goes on in the same curves
 LATEST, BEST = "latest", "best"  # links to checkpoints, beside them

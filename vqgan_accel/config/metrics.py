@@ -54,7 +54,13 @@ METRICS: dict[str, MetricEntry] = {  # docs/evaluation.md defines each
     "inception_score": MetricEntry(f"{_MEASURES}.samples.InceptionScore", _with_std("inception_score", HIGHER)),
     "codebook": MetricEntry(
         f"{_MEASURES}.codes.Codebook",
-        {"perplexity": HIGHER, "codebook_usage": PERCENT, "bits_per_token": HIGHER, "bits_per_pixel": HIGHER},
+        {
+            "perplexity": HIGHER,
+            "codebook_usage": PERCENT,
+            "bits_per_token": HIGHER,
+            "bits_per_pixel": HIGHER,
+            "quantization_error": LOWER,
+        },
     ),
 }
 

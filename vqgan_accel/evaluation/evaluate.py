@@ -32,9 +32,11 @@ from vqgan_accel.models.opening import Opened, open_tokenizer
 from vqgan_accel.models.precision import ieee_float32
 from vqgan_accel.models.tokenizer import ImageTokenizer
 from vqgan_accel.models.weights import state_hash
-from vqgan_accel.run_folder import EVALUATION, EVALUATION_RESULTS
+from vqgan_accel.run_folder import CODEBOOK_PICTURE, EVALUATION, EVALUATION_RESULTS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from vqgan_accel.data.stream import StreamSource
 
 
@@ -80,9 +82,10 @@ def evaluate_tokenizer(
         counted += torch.tensor([len(images), batch["skipped"], 0])
         if not len(images):
             continue
-        codes = tokenizer.encode(images)
+        latents = tokenizer.latents(images)
+        codes = tokenizer.quantizer.choose(latents)  # as `encode` does
         reconstructions = tokenizer.decode_own(codes)
-        metrics.update(images, reconstructions, codes, batch["index"], tokenizer)
+        metrics.update(images, reconstructions, codes, batch["index"], tokenizer, latents)
         if kept is not None:
             kept.add(reconstructions, batch["index"])
         for row, position in enumerate(batch["index"].tolist()):
@@ -178,8 +181,12 @@ def save_pictures(evaluation: Evaluation, output: Path, grid: bool) -> None:
     """codebook.png and, with `grid`, reconstructions.png."""
     if grid:
         reconstruction_grid(evaluation.originals, evaluation.reconstructions).save(output / "reconstructions.png")
-    counts = evaluation.code_counts
-    codebook_histogram(counts, perplexity(counts), codebook_usage(counts)).savefig(output / "codebook.png", dpi=120)
+    usage_histogram(evaluation.code_counts).savefig(output / CODEBOOK_PICTURE, dpi=120)
+
+
+def usage_histogram(counts: Tensor) -> Figure:
+    """counts (K,) of all codes"""
+    return codebook_histogram(counts, perplexity(counts), codebook_usage(counts))
 
 
 def report_of(evaluation: Evaluation, opened: Opened, protocol: dict[str, Any]) -> dict[str, Any]:

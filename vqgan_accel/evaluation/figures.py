@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
@@ -67,6 +69,12 @@ def codebook_histogram(counts: Tensor, perplexity: float, usage: float) -> Figur
     axes.set_title(f"{usage:.1f} % of codes used, perplexity {perplexity:.1f}", fontsize=10)
     axes.legend(frameon=False)
     return figure
+
+
+def picture_of(figure: Figure) -> Image.Image:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return Image.open(file).convert("RGB")
 
 
 def neighbour_histogram(distances: Tensor, counts: Tensor) -> Figure:

@@ -57,14 +57,15 @@ class Metrics:
         codes: Tensor,
         positions: Tensor,
         tokenizer: ImageTokenizer | None = None,
+        latents: Tensor | None = None,
     ) -> None:
         """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w) or (B, q, h, w), positions (B,) in the
-        split; B may be 0. tokenizer: for metrics that decode other codes."""
+        split; B may be 0. tokenizer: for metrics that decode other codes, and with its latents (B, input_channels, h,
+        w) for the error of quantization."""
         if not len(images):
             return
-        seen = Seen(
-            self.setting, images, reconstructions, codes, positions.to(images.device, non_blocking=True), tokenizer
-        )
+        positions = positions.to(images.device, non_blocking=True)
+        seen = Seen(self.setting, images, reconstructions, codes, positions, tokenizer, latents)
         for measure in dict.fromkeys([self.codebook, *self.measures]):
             measure.update(seen)
         for need, collected in self.collecting.items():
@@ -76,7 +77,8 @@ class Metrics:
         if not len(images):
             return
         none = torch.empty(0, dtype=torch.int64, device=images.device)
-        seen = Seen(self.setting, images, images, none, positions.to(images.device, non_blocking=True), None)
+        positions = positions.to(images.device, non_blocking=True)
+        seen = Seen(self.setting, images, images, none, positions, None, None)
         for need, collected in self.collecting.items():
             if need.side is real:
                 collected.add(seen.features(need.network, real), seen.positions)

@@ -43,6 +43,8 @@ KNOWN = {
     "epoch_perplexity": ("Codebook", "Perplexity (training epoch)", ""),
     "recent_codebook_usage": ("Codebook", "Codes in use, % (since the last count)", ""),
     "recent_perplexity": ("Codebook", "Perplexity (since the last count)", ""),
+    "codebook_norm": ("Codebook", "Mean length of the codes' vectors", ""),
+    "quantization_error": ("Codebook", "Squared distance of latents to their codes, relative", ""),
     "reinitialised_codes": ("Codebook", "Codes that were replaced", ""),
     "step_time": ("Speed", "Seconds a step", "in all"),
     "data_time": ("Speed", "Seconds a step", "waiting for images"),

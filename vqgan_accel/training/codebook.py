@@ -30,6 +30,7 @@ class CodebookUsage(Stateful):
         self.sizes = tuple(sizes)
         self.counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # one codebook after another
         self.new_counts = torch.zeros_like(self.counts)  # of this optimizer step so far, on this process
+        self.low = False  # few were in use when last looked at, and somebody was told
 
     def add(self, codes: Tensor) -> None:
         """codes (B, h, w) or (B, q, h, w), of one round on this process"""

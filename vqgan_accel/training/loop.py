@@ -219,11 +219,11 @@ def validate(run: Run, stop_request: StopRequest) -> bool:
     tracking.say(f"step {progress.step}: validation on {evaluation.num_images} images: {listed}")
 
     def record() -> None:
-        if picture := run.validation.record(run.folder, progress.step, evaluation):
-            tracking.picture(progress.step, "validation", picture)
+        for name, picture in run.validation.record(run.folder, progress.step, evaluation).items():
+            tracking.picture(progress.step, name, picture)
 
     decided_by_main(record)
-    value = evaluation.results[metric]
+    value = evaluation.results.get(metric, math.nan)  # (a Gumbel quantizer has no quantization_error)
     if not math.isfinite(value) or (progress.best is not None and not is_better(metric, value, progress.best)):
         return False
     progress.best, progress.best_step = value, progress.step

@@ -15,13 +15,13 @@ from vqgan_accel.config import Config
 from vqgan_accel.data.views import Batch
 from vqgan_accel.distributed import num_processes, sum_over_processes
 from vqgan_accel.evaluation.comparable import fingerprint, protocol
-from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer
-from vqgan_accel.evaluation.figures import reconstruction_grid
+from vqgan_accel.evaluation.evaluate import Evaluation, evaluate_tokenizer, usage_histogram
+from vqgan_accel.evaluation.figures import picture_of, reconstruction_grid
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.files import naming, write_json
 from vqgan_accel.interruption import StopRequest
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.run_folder import VALIDATION, picture_file
+from vqgan_accel.run_folder import CODEBOOK_PICTURE, VALIDATION, picture_file
 
 
 class ValidationStopped(Exception):
@@ -76,17 +76,18 @@ class Validation:
             self.protocol = protocol(self.config, evaluation.num_images, evaluation.pixels_hash, self.metrics)
         return evaluation
 
-    def record(self, run: Path, step: int, evaluation: Evaluation) -> Image.Image | None:
-        """Keep in the run's folder what a report shows of it beside the results. Returns the picture, if there is one.
-        One process calls it."""
+    def record(self, run: Path, step: int, evaluation: Evaluation) -> dict[str, Image.Image]:
+        """Keep in the run's folder what a report shows of it beside the results. Returns its pictures. One process
+        calls it."""
         assert self.protocol is not None
         record = {"step": step, "protocol": self.protocol, "fingerprint": fingerprint(self.protocol)}
         write_json(run / VALIDATION, record | {"code_counts": evaluation.code_counts.tolist()}, indent=None)
-        if not len(evaluation.originals):
-            return None
-        grid = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
-        picture = picture_file(run, step)
-        with naming(picture):
-            picture.parent.mkdir(exist_ok=True)
-            grid.save(picture)
-        return grid
+        pictures = {"codebook": picture_of(usage_histogram(evaluation.code_counts))}
+        files = {"codebook": run / CODEBOOK_PICTURE, "validation": picture_file(run, step)}
+        if len(evaluation.originals):
+            pictures["validation"] = reconstruction_grid(evaluation.originals, evaluation.reconstructions)
+        for name, picture in pictures.items():
+            with naming(files[name]):
+                files[name].parent.mkdir(exist_ok=True)
+                picture.save(files[name])
+        return pictures

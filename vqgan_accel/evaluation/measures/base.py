@@ -40,12 +40,13 @@ class Seen:
         codes: Tensor,
         positions: Tensor,
         tokenizer: ImageTokenizer | None,
+        latents: Tensor | None,
     ) -> None:
         """images and reconstructions (B, 3, H, W) in [-1, 1], codes (B, h, w) or (B, q, h, w), positions (B,) in the
         split."""
         self.setting, self.protocol = setting, setting.config.rules
         self.images, self.reconstructions = images, reconstructions.clamp(-1, 1)
-        self.codes, self.positions, self.tokenizer = codes, positions, tokenizer
+        self.codes, self.positions, self.tokenizer, self.latents = codes, positions, tokenizer, latents
         self.pixels: Pixels = pixels_of(self.protocol, images, self.reconstructions)
         self._features: dict[tuple[str, Side], Tensor] = {}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqgan_accel.distributed import sum_over_processes
 from vqgan_accel.evaluation.measures.base import Collected, Measure, Seen, Setting
-from vqgan_accel.models.quantizers import count_all_codes
+from vqgan_accel.models.quantizers import Quantizer, count_all_codes
 
 
 def perplexity(counts: Tensor) -> float:
@@ -40,16 +40,36 @@ def usage_metrics(counts: Tensor, sizes: Sequence[int]) -> dict[str, float]:
     return together | each | {f"codebook_usage_{number}": codebook_usage(part) for number, part in enumerate(parts, 1)}
 
 
+def error_sums(quantizer: Quantizer, latents: Tensor, codes: Tensor) -> Tensor | None:
+    """latents (B, input_channels, h, w) and their codes -> (2,) float64: the sum of |z - e|^2, and that of |z|^2, whose
+    quotient is the relative error of quantization; None where codes' vectors stand for no point."""
+    z = quantizer.compared(latents.detach().float())
+    if z is None:
+        return None
+    apart = z - quantizer.codes_to_latents(codes).detach()
+    return torch.stack([apart.double().square().sum(), z.double().square().sum()])
+
+
+def quantization_error(sums: Tensor) -> float:
+    """Of `error_sums`: 0 where every latent is its code's vector, 1 where all vectors are 0."""
+    apart, whole = sums.tolist()
+    return apart / whole if whole else 0.0
+
+
 class Codebook(Measure):
-    """How often each code was used."""
+    """How often each code was used, and how far from the latents they are."""
 
     def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(name, setting)
         self.sizes = setting.codebook_sizes
         self.uses = torch.zeros(sum(self.sizes), dtype=torch.int64, device=setting.device)
         self.pixels = torch.zeros((), dtype=torch.int64, device=setting.device)
+        self.errors = torch.zeros(2, dtype=torch.float64, device=setting.device)
 
     def update(self, seen: Seen) -> None:
+        if seen.tokenizer is not None and seen.latents is not None:
+            errors = error_sums(seen.tokenizer.quantizer, seen.latents, seen.codes)
+            self.errors += 0 if errors is None else errors
         self.uses += count_all_codes(seen.codes, self.sizes)
         self.pixels += seen.images[:, 0].numel()
 
@@ -61,8 +81,11 @@ class Codebook(Measure):
         counts, pixels = self.counts(), int(sum_over_processes(self.pixels))
         usage = usage_metrics(counts, self.sizes)
         bits = math.log2(usage["perplexity"]) if usage["perplexity"] else 0.0
-        return usage | {"bits_per_token": bits, "bits_per_pixel": bits * int(counts.sum()) / pixels}
+        of_codes = {"bits_per_token": bits, "bits_per_pixel": bits * int(counts.sum()) / pixels}
+        errors = sum_over_processes(self.errors)
+        return usage | of_codes | ({"quantization_error": quantization_error(errors)} if errors.any() else {})
 
     def reset(self) -> None:
         self.uses.zero_()
         self.pixels.zero_()
+        self.errors.zero_()

@@ -76,6 +76,11 @@ class Quantizer(nn.Module):
         """codes (B, h, w) or (B, q, h, w) int64 -> (B, D, h, w) float32"""
         raise NotImplementedError
 
+    def compared(self, latents: Tensor) -> Tensor | None:
+        """latents (B, input_channels, h, w) -> (B, D, h, w) what their codes' vectors stand for; None where these stand
+        for no point"""
+        return None
+
     def code_vectors(self, place: int = 0) -> Tensor:
         """(K, D) the vectors of a codebook, as they are decoded; place: which of a position's codes are its own"""
         codes = torch.arange(self.num_codes, device=self.device)
@@ -120,6 +125,9 @@ class LookupQuantizer(Quantizer):
     def look_up(self, latents: Tensor) -> Found:
         """`find` in a forward pass: with losses and, in training, statistics."""
         raise NotImplementedError
+
+    def compared(self, latents: Tensor) -> Tensor:
+        return self.comparable(latents)
 
     def choose_float(self, latents: Tensor) -> Tensor:
         return self.find(self.comparable(latents))

@@ -33,6 +33,10 @@ class ProductQuantizer(SeveralQuantizers):
             {name: value / self.places for name, value in sums.items()},
         )
 
+    def compared(self, latents: Tensor) -> Tensor | None:
+        parts = [part.compared(chunk) for part, chunk in zip(self.parts, latents.chunk(self.places, 1), strict=True)]
+        return torch.cat(parts, 1) if all(part is not None for part in parts) else None
+
     def choose_float(self, latents: Tensor) -> Tensor:
         chunks = latents.chunk(self.places, 1)
         return torch.stack([group.choose_float(chunk) for group, chunk in zip(self.parts, chunks, strict=True)], 1)

@@ -33,8 +33,7 @@ class ResidualQuantizer(SeveralQuantizers):
         return layer, layer.residual_scale() ** place
 
     def quantize(self, latents: Tensor, sample_seeds: Sequence[int] | None) -> QuantizerOutput:
-        first, _ = self.level(0)
-        latents = left = first.comparable(latents)
+        latents = left = self.compared(latents)
         levels = self.levels_read(latents, sample_seeds) if self.training and self.dropout else None
         total, found = torch.zeros_like(latents), []
         for place in range(self.places):
@@ -44,7 +43,7 @@ class ResidualQuantizer(SeveralQuantizers):
             left = left - vectors
             total = total + (vectors if levels is None else vectors * (place < levels))
         return QuantizerOutput(
-            GRADIENTS[first.gradient](latents, total),
+            GRADIENTS[self.parts[0].gradient](latents, total),
             torch.stack([one.codes for one in found], 1),
             torch.stack([one.loss for one in found]).sum(),
             summed([one.metrics for one in found]),
@@ -64,12 +63,15 @@ class ResidualQuantizer(SeveralQuantizers):
         fewer = (level * self.places).floor() + 1
         return torch.where(drops < self.dropout, fewer, float(self.places)).view(-1, 1, 1, 1)
 
+    def compared(self, latents: Tensor) -> Tensor:
+        return self.level(0)[0].comparable(latents)
+
     def choose_float(self, latents: Tensor) -> Tensor:
         return torch.stack([codes for codes, _ in self.descend(latents)], 1)
 
     def descend(self, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """latents (B, D, h, w) -> of each level its codes (B, h, w) and what it is of (B, D, h, w)"""
-        left = self.level(0)[0].comparable(latents)
+        left = self.compared(latents)
         for place in range(self.places):
             layer, scale = self.level(place)
             codes = layer.find(left / scale)
