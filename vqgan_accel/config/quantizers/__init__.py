@@ -6,10 +6,13 @@ A new one may lie beside its module, in one file. These do not, so that a misspe
 from typing import Annotated
 
 from vqgan_accel.config.quantizers.gumbel import GumbelQuantizerConfig
+from vqgan_accel.config.quantizers.ibq import IBQQuantizerConfig
 from vqgan_accel.config.quantizers.nearest import (
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
+    KeptCodebookConfig,
     NearestCodeConfig,
+    SimVQQuantizerConfig,
     StandardQuantizerConfig,
 )
 from vqgan_accel.sections import ByType
@@ -18,11 +21,21 @@ __all__ = [
     "EMAQuantizerConfig",
     "EntropyQuantizerConfig",
     "GumbelQuantizerConfig",
+    "IBQQuantizerConfig",
+    "KeptCodebookConfig",
     "NearestCodeConfig",
     "QuantizerConfig",
     "QuantizerField",
+    "SimVQQuantizerConfig",
     "StandardQuantizerConfig",
 ]
 
-QuantizerConfig = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | GumbelQuantizerConfig
+QuantizerConfig = (
+    StandardQuantizerConfig
+    | EMAQuantizerConfig
+    | EntropyQuantizerConfig
+    | GumbelQuantizerConfig
+    | SimVQQuantizerConfig
+    | IBQQuantizerConfig
+)
 QuantizerField = Annotated[QuantizerConfig, ByType()]

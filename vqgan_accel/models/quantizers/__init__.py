@@ -12,15 +12,19 @@ from vqgan_accel.models.quantizers.base import (
 from vqgan_accel.models.quantizers.ema import EMAQuantizer
 from vqgan_accel.models.quantizers.entropy import EntropyQuantizer
 from vqgan_accel.models.quantizers.gumbel import GumbelQuantizer
+from vqgan_accel.models.quantizers.ibq import IBQQuantizer
 from vqgan_accel.models.quantizers.nearest import StandardQuantizer
+from vqgan_accel.models.quantizers.simvq import SimVQQuantizer
 
 __all__ = [
     "CodebookQuantizer",
     "EMAQuantizer",
     "EntropyQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "Quantizer",
     "QuantizerOutput",
+    "SimVQQuantizer",
     "StandardQuantizer",
     "count_all_codes",
     "count_codes",
