@@ -73,10 +73,8 @@ def entropy_loss(tokens: Tensor, logits: Callable[[Tensor], Tensor], num_codes: 
     else:
         parts = [checkpoint(of_block, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     shares = [len(block) / len(tokens) for block in blocks]
-    distribution, mean_entropy = (
-        torch.stack([share * part for share, part in zip(shares, some, strict=True)]).sum(0)
-        for some in zip(*parts, strict=True)
-    )
+    weighted = [(share * mean, share * entropy) for share, (mean, entropy) in zip(shares, parts, strict=True)]
+    distribution, mean_entropy = (sum(some[1:], some[0]) for some in zip(*weighted, strict=True))
     mean = mean_over_processes_with_gradient(distribution)
     entropy_of_mean = -(mean * (mean + LOG_EPS).log()).sum()
     return mean_entropy - entropy_of_mean
