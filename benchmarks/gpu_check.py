@@ -132,7 +132,7 @@ def weights(place: Place) -> dict[str, str]:
 
 def tiny_config(place: Place, quantizer: str, **training: Any) -> Path:
     """A run of 8 steps on tiny networks with every part switched on, as a YAML file. An epoch is 4 steps."""
-    reinit = {} if quantizer == "gumbel" else {"reinit_every_epochs": 1}
+    reinit = {} if quantizer in ("gumbel", "simvq") else {"reinit_every": "1 epoch"}
     values = {
         "data": {
             "path": str(place.shared / "tiny"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny import NEAREST, tiny_quantizer
+from tiny import KEPT, tiny_quantizer
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -28,9 +28,9 @@ K, D = 24, 6
 FROM_LATENTS, FROM_USED = (Reinit(Duration(1, "epochs"), 0.0, source) for source in ("latents", "used_codes"))
 SPECIAL = {"ema": {"decay": 0.9}, "entropy": {"entropy_temperature": 0.5}}
 BUILDERS: dict[str, Callable[[], CodebookQuantizer]] = {
-    kind: tiny_quantizer(kind, num_codes=K, embedding_dim=D, **SPECIAL.get(kind, {})).build for kind in NEAREST
+    kind: tiny_quantizer(kind, num_codes=K, embedding_dim=D, **SPECIAL.get(kind, {})).build for kind in KEPT
 }
-each_codebook = pytest.mark.parametrize("name", NEAREST)
+each_codebook = pytest.mark.parametrize("name", KEPT)
 SHARDINGS = [(1, 1), (1, 2), (2, 1), (2, 2)]  # processes P, accumulation rounds k
 
 

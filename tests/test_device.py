@@ -178,7 +178,7 @@ def test_the_host_waits_once_a_step(case: Case, steps_of: Callable[[Case], list[
 
 
 # bytes of what a quantizer of 16 codes of 8 numbers sums itself: in each of two rounds, or once an update
-OWN = {"ema": [64, 512], "entropy": [64, 64], "residual": 3 * [64, 512]}
+OWN = {"ema": [64, 512], "entropy": [64, 64], "ibq": [64, 64], "residual": 3 * [64, 512]}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

@@ -8,7 +8,7 @@ from typing import Any
 from images import noise
 
 from vqgan_accel.config import Config, QuantizerConfig, parse_config
-from vqgan_accel.config.quantizers import NearestCodeConfig, QuantizerField
+from vqgan_accel.config.quantizers import KeptCodebookConfig, NearestCodeConfig, QuantizerField
 from vqgan_accel.sections import sections_of, type_of
 
 SIZE = 16  # pixels
@@ -17,6 +17,7 @@ SPLITS = {"train": 8, "validation": 3, "test": 3}  # images
 
 QUANTIZER_SECTIONS = {type_of(section): section for section in sections_of(QuantizerField)}
 NEAREST = [kind for kind, section in QUANTIZER_SECTIONS.items() if issubclass(section, NearestCodeConfig)]
+KEPT = [kind for kind, section in QUANTIZER_SECTIONS.items() if issubclass(section, KeptCodebookConfig)]  # of NEAREST
 
 
 def having(kind: str, **settings: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def settings(case: Case) -> dict[str, Any]:
         **({"autoencoder": TAMING} if case.architecture == "taming" else {}),
         "quantizer": {
             "type": case.quantizer,
-            **having(case.quantizer, num_codes=64, reinit_every_epochs=2),
+            **having(case.quantizer, num_codes=64, reinit_every="2 epochs"),
             **SPECIAL.get(case.quantizer, {}),
         },
         "losses": {"l1_weight": 0, "l2_weight": 1.0},  # L1 has a kink too

@@ -46,7 +46,7 @@ def as_vq_model(tokenizer: ImageTokenizer, source: str) -> VQModel:
             f"{source} is of the {layout.type} architecture, and diffusers' VQModel is taming's; `export hub`, or the "
             "folder of ImageTokenizer.save_pretrained, carries any tokenizer"
         )
-    if not isinstance(tokenizer.quantizer, CodebookQuantizer):
+    if not (isinstance(tokenizer.quantizer, CodebookQuantizer) and tokenizer.quantizer.by_distance):
         kind = tokenizer.settings.quantizer_config.type
         raise ValueError(f"{source} has a {kind} quantizer; diffusers' VQModel knows nothing but the nearest code")
     encoder, decoder = network_options(layout)

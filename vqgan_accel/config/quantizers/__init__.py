@@ -6,10 +6,13 @@ A new one may lie beside its module, in one file. These do not, so that a misspe
 from typing import Annotated
 
 from vqgan_accel.config.quantizers.gumbel import GumbelQuantizerConfig
+from vqgan_accel.config.quantizers.ibq import IBQQuantizerConfig
 from vqgan_accel.config.quantizers.nearest import (
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
+    KeptCodebookConfig,
     NearestCodeConfig,
+    SimVQQuantizerConfig,
     StandardQuantizerConfig,
 )
 from vqgan_accel.config.quantizers.several import ProductQuantizerConfig, ResidualQuantizerConfig
@@ -19,11 +22,14 @@ __all__ = [
     "EMAQuantizerConfig",
     "EntropyQuantizerConfig",
     "GumbelQuantizerConfig",
+    "IBQQuantizerConfig",
+    "KeptCodebookConfig",
     "NearestCodeConfig",
     "ProductQuantizerConfig",
     "QuantizerConfig",
     "QuantizerField",
     "ResidualQuantizerConfig",
+    "SimVQQuantizerConfig",
     "StandardQuantizerConfig",
 ]
 
@@ -34,5 +40,7 @@ QuantizerConfig = (
     | GumbelQuantizerConfig
     | ResidualQuantizerConfig
     | ProductQuantizerConfig
+    | SimVQQuantizerConfig
+    | IBQQuantizerConfig
 )
 QuantizerField = Annotated[QuantizerConfig, ByType()]

@@ -32,13 +32,13 @@ class NearestCodeConfig(CodebookConfig):
     )
 
 
-class KeptCodebookConfig(NearestCodeConfig):
+class ReplaceableCodesConfig(CodebookConfig):
     """What those share whose codes are vectors of their own, which can be given new values."""
 
-    init: Learning[Literal["uniform", "sphere", "kmeans"]] = Field(
+    init: Learning[Literal["uniform", "sphere", "normal", "kmeans"]] = Field(
         "uniform",
-        description="of the codebook. uniform: U(-1/K, 1/K); sphere: random unit vectors; kmeans: centres of the first "
-        "step's latents",
+        description="of the codebook. uniform: U(-1/K, 1/K); sphere: random unit vectors; normal: N(0, 1); kmeans: "
+        "centres of the first step's latents",
     )
     reinit_every: Learning[DurationField | None] = Field(
         None,
@@ -92,6 +92,10 @@ class KeptCodebookConfig(NearestCodeConfig):
                 f"init kmeans finds {self.num_codes} centres in the latents of the first step, which are {number}; "
                 "make training.total_batch_size larger or num_codes smaller"
             )
+
+
+class KeptCodebookConfig(ReplaceableCodesConfig, NearestCodeConfig):
+    """The nearest of codes that are vectors of their own."""
 
 
 class StandardQuantizerConfig(KeptCodebookConfig):
@@ -157,4 +161,17 @@ class EntropyQuantizerConfig(KeptCodebookConfig):
             self.l2_normalize,
             self.gradient,
             self.init,
+        )
+
+
+class SimVQQuantizerConfig(NearestCodeConfig):
+    """The nearest code; all codes are one learnt linear map of frozen random vectors (Zhu et al. 2024)."""
+
+    type: Literal["simvq"] = Field(description="nearest code, codebook as a learnt map of frozen vectors")
+
+    def build(self) -> Quantizer:
+        from vqgan_accel.models.quantizers.simvq import SimVQQuantizer
+
+        return SimVQQuantizer(
+            self.num_codes, self.embedding_dim, self.commitment_cost, self.l2_normalize, self.gradient
         )

@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vqgan_accel.config.quantizers.nearest import EMAQuantizerConfig, EntropyQuantizerConfig, StandardQuantizerConfig
+from vqgan_accel.config.quantizers.ibq import IBQQuantizerConfig
+from vqgan_accel.config.quantizers.nearest import (
+    EMAQuantizerConfig,
+    EntropyQuantizerConfig,
+    SimVQQuantizerConfig,
+    StandardQuantizerConfig,
+)
 from vqgan_accel.sections import ByType, Learning, QuantizerSection, Reinit
 
 if TYPE_CHECKING:
     from vqgan_accel.models.quantizers.base import Quantizer
 
-ResidualInner = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig
-ProductInner = ResidualInner
+ResidualInner = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | SimVQQuantizerConfig
+ProductInner = ResidualInner | IBQQuantizerConfig
 EMA = EMAQuantizerConfig(type="ema")
 
 

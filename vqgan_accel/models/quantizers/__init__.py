@@ -12,19 +12,23 @@ from vqgan_accel.models.quantizers.base import (
 from vqgan_accel.models.quantizers.ema import EMAQuantizer
 from vqgan_accel.models.quantizers.entropy import EntropyQuantizer
 from vqgan_accel.models.quantizers.gumbel import GumbelQuantizer
+from vqgan_accel.models.quantizers.ibq import IBQQuantizer
 from vqgan_accel.models.quantizers.nearest import StandardQuantizer
 from vqgan_accel.models.quantizers.product import ProductQuantizer
 from vqgan_accel.models.quantizers.residual import ResidualQuantizer
+from vqgan_accel.models.quantizers.simvq import SimVQQuantizer
 
 __all__ = [
     "CodebookQuantizer",
     "EMAQuantizer",
     "EntropyQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "ProductQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "ResidualQuantizer",
+    "SimVQQuantizer",
     "StandardQuantizer",
     "count_all_codes",
     "count_codes",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqgan_accel.models.precision import without_autocast
 
 Gradient = Literal["straight_through", "rotation"]
-Init = Literal["uniform", "sphere", "kmeans"]
+Init = Literal["uniform", "sphere", "normal", "kmeans"]
 MAX_DISTANCES = 2**27  # entries of one (tokens, codes) block: 512 MB in float32
 
 
@@ -147,6 +147,7 @@ class CodebookQuantizer(LookupQuantizer):
     """
 
     l2_normalize: bool
+    by_distance = True  # and not by another rule, as IBQ's
 
     def stored_vectors(self) -> Tensor:
         """(K, D) float32, of any length"""
@@ -248,7 +249,8 @@ GRADIENTS: dict[Gradient, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def initial_codebook(num_codes: int, embedding_dim: int, init: Init) -> Tensor:
-    """(K, D). uniform: from U(-1/K, 1/K), as k-means finds it; sphere: random directions, of length 1"""
-    if init == "sphere":
-        return nn.functional.normalize(torch.randn(num_codes, embedding_dim), dim=1)
+    """(K, D). uniform: from U(-1/K, 1/K), as k-means finds it; normal: from N(0, 1); sphere: those, of length 1"""
+    if init in ("normal", "sphere"):
+        normal = torch.randn(num_codes, embedding_dim)
+        return nn.functional.normalize(normal, dim=1) if init == "sphere" else normal
     return torch.empty(num_codes, embedding_dim).uniform_(-1 / num_codes, 1 / num_codes)

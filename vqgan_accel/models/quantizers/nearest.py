@@ -41,18 +41,22 @@ class StandardQuantizer(CodebookQuantizer):
         return self.codebook
 
     def look_up(self, latents: Tensor) -> Found:
-        codebook = self.codebook_vectors()
-        codes = nearest_codes(latents, codebook)
-        vectors = gather_codes(codebook, codes)
-        codebook_loss = F.mse_loss(vectors, latents.detach())
-        commitment_loss = F.mse_loss(latents, vectors.detach())
-        return Found(
-            codes,
-            vectors,
-            codebook_loss + self.commitment_cost * commitment_loss,
-            {"codebook_loss": codebook_loss.detach(), "commitment_loss": commitment_loss.detach()},
-        )
+        return nearest_with_losses(latents, self.codebook_vectors(), self.commitment_cost)
 
     @torch.no_grad()
     def reinitialise(self, codes: Tensor, vectors: Tensor) -> None:
         self.codebook[codes] = self.comparable(vectors)
+
+
+def nearest_with_losses(latents: Tensor, codebook: Tensor, commitment_cost: float) -> Found:
+    """latents (B, D, h, w), codebook (K, D), both as they are compared"""
+    codes = nearest_codes(latents, codebook)
+    vectors = gather_codes(codebook, codes)
+    codebook_loss = F.mse_loss(vectors, latents.detach())
+    commitment_loss = F.mse_loss(latents, vectors.detach())
+    return Found(
+        codes,
+        vectors,
+        codebook_loss + commitment_cost * commitment_loss,
+        {"codebook_loss": codebook_loss.detach(), "commitment_loss": commitment_loss.detach()},
+    )
