@@ -8,7 +8,7 @@ of which have tests of their own. One process, and images in a folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +44,14 @@ class PlainTrainer:
         self.files = sorted(Path(str(config.data.path), "train").iterdir())
         self.steps_per_epoch = len(self.files) // training.total_batch_size
         self.tokenizer = ImageTokenizer.from_pretrained(start / "tokenizer").train()
-        quantizer = Gumbel if config.quantizer.type == "gumbel" else NearestCode
-        self.quantizer: Gumbel | NearestCode = quantizer(self.tokenizer.quantizer, self)
+        kinds: dict[str, Any] = {"gumbel": Gumbel, "residual": Several, "product": Several}
+        kind = kinds.get(config.quantizer.type, NearestCode)
+        self.quantizer: Any = kind(self.tokenizer.quantizer, self, config.quantizer)
 
         only = "decoder." if training.decoder_only else ""
         trained = {name: p for name, p in self.tokenizer.named_parameters() if name.startswith(only)}
-        kernels = [p for name, p in trained.items() if p.ndim > 1 and name != "quantizer.codebook"]
-        others = [p for name, p in trained.items() if p.ndim == 1 or name == "quantizer.codebook"]
+        kernels = [p for name, p in trained.items() if p.ndim > 1 and not name.endswith(".codebook")]
+        others = [p for name, p in trained.items() if p.ndim == 1 or name.endswith(".codebook")]
         adamw: dict[str, Any] = {"betas": training.betas, "eps": training.eps}
         groups = [
             {"params": kernels, "weight_decay": training.weight_decay},
@@ -64,7 +65,9 @@ class PlainTrainer:
             self.optimizers["discriminator"] = AdamW(parameters, **adamw, weight_decay=training.weight_decay)
 
         self.average: dict[str, Tensor] = {}
-        self.use = torch.zeros(config.quantizer.num_codes)  # of each code since the epoch began
+        self.use = torch.zeros(
+            len(config.quantizer.codebook_sizes), config.quantizer.num_codes
+        )  # since the epoch began
         self.lines: list[dict[str, float]] = []
         for step in range(training.max_steps or 0):
             self.step(step)
@@ -120,7 +123,8 @@ class PlainTrainer:
         self.quantizer.update()
         if training.ema_decay is not None:
             self.update_average(training.ema_decay)
-        self.use += torch.bincount(torch.cat(codes).flatten(), minlength=len(self.use))
+        for use, chosen in zip(self.use, by_place(torch.cat(codes)), strict=True):
+            use += torch.bincount(chosen.flatten(), minlength=len(use))
         if (step + 1) % self.steps_per_epoch == 0:
             both = (
                 torch.stack(parts, 1).flatten(0, 1) for parts in (latents, codes)
@@ -181,20 +185,21 @@ class PlainTrainer:
     @torch.no_grad()
     def end_epoch(self, step: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
         """latents (B, D, h, w) and codes (B, h, w): of the step's whole batch"""
-        share = self.use[self.use > 0] / self.use.sum()
-        values = {"epoch_perplexity": math.exp(-(share * share.log()).sum())}
-        values["epoch_codebook_usage"] = 100 * len(share) / len(self.use)
-        vectors = self.quantizer.vectors()
-        values["codebook_norm"] = (vectors**2).sum(1).sqrt().mean().item()
-        if isinstance(self.quantizer, NearestCode):
-            tokens = self.quantizer.unit(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
-            values["quantization_error"] = ((tokens - vectors[codes.flatten()]) ** 2).sum().item() / (
-                tokens**2
-            ).sum().item()
-        every = getattr(self.config.quantizer, "reinit_every", None)
+        shares = [use[use > 0] / use.sum() for use in self.use]
+        each = [math.exp(-(share * share.log()).sum()) for share in shares]
+        values = {"epoch_perplexity": math.exp(sum(map(math.log, each)) / len(each))}
+        values["epoch_codebook_usage"] = 100 * sum(map(len, shares)) / self.use.numel()
+        for place, share in enumerate(shares if len(shares) > 1 else [], 1):
+            values[f"epoch_perplexity_{place}"] = each[place - 1]
+            values[f"epoch_codebook_usage_{place}"] = 100 * len(share) / self.use.shape[1]
+        values["codebook_norm"] = (self.quantizer.vectors() ** 2).sum(1).sqrt().mean().item()
+        if not isinstance(self.quantizer, Gumbel):
+            z, e = self.quantizer.compared(latents), self.quantizer.decoded(codes)
+            values["quantization_error"] = ((z - e) ** 2).sum().item() / (z**2).sum().item()
+        section: Any = self.config.quantizer
+        every = getattr(getattr(section, "inner", section), "reinit_every", None)
         if every and (step + 1) % (every.value * self.steps_per_epoch) == 0:
             draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
-            assert isinstance(self.quantizer, NearestCode)
             values["reinitialised_codes"] = self.quantizer.replace_unused(self.use, latents, draw)
         self.use.zero_()
         return values
@@ -235,9 +240,8 @@ class Quantized(NamedTuple):
 class NearestCode:
     """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term."""
 
-    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
-        self.network, self.trainer = network, trainer
-        self.config: Any = trainer.config.quantizer
+    def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
+        self.network, self.trainer, self.config = network, trainer, config
         self.seen: list[tuple[Tensor, Tensor]] = []  # tokens and their codes since the last update
 
     def unit(self, vectors: Tensor) -> Tensor:
@@ -254,6 +258,17 @@ class NearestCode:
         """(K,), by Laplace"""
         counts, epsilon = self.network.counts, self.config.epsilon
         return (counts + epsilon) * counts.sum() / (counts.sum() + len(counts) * epsilon)
+
+    def compared(self, latents: Tensor) -> Tensor:
+        return self.unit(latents)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """(B, h, w) -> (B, D, h, w)"""
+        return self.vectors()[codes].permute(0, 3, 1, 2)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        tokens = self.unit(latents.permute(0, 2, 3, 1))
+        return ((tokens[..., None, :] - self.vectors()) ** 2).sum(-1).argmin(-1)
 
     def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
         config, vectors = self.config, self.vectors()
@@ -292,7 +307,8 @@ class NearestCode:
 
     @torch.no_grad()
     def replace_unused(self, use: Tensor, latents: Tensor, draw: torch.Generator) -> int:
-        """Returns how many."""
+        """use: (1, K). Returns how many."""
+        use = use[0]
         unused = (use == 0).nonzero().flatten()
         if self.config.reinit_from == "latents":
             tokens = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
@@ -314,9 +330,8 @@ class NearestCode:
 class Gumbel:
     """softmax((logits + Gumbel noise) / temperature) of the codes; loss: KL(q(code | position) || uniform)."""
 
-    def __init__(self, network: Any, trainer: PlainTrainer) -> None:
-        self.network, self.trainer = network, trainer
-        self.config: Any = trainer.config.quantizer
+    def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
+        self.network, self.trainer, self.config = network, trainer, config
 
     def vectors(self) -> Tensor:
         return self.network.codebook
@@ -342,3 +357,60 @@ class Gumbel:
 
     def update(self) -> None:
         pass
+
+
+class Several:
+    """residual: each quantizer of what those before it have left; product: each of channels of its own."""
+
+    def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
+        self.trainer, self.config, self.residual = trainer, config, config.type == "residual"
+        self.parts = [NearestCode(part, trainer, config.inner) for part in network.parts]
+
+    def vectors(self) -> Tensor:
+        return torch.cat([part.vectors() for part in self.parts])
+
+    def compared(self, latents: Tensor) -> Tensor:
+        chunks = [latents] if self.residual else latents.chunk(len(self.parts), 1)
+        return torch.cat([part.compared(chunk) for part, chunk in zip(self.parts, chunks, strict=False)], 1)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """(B, q, h, w) -> (B, D, h, w)"""
+        each = [part.decoded(chosen) for part, chosen in zip(self.parts, by_place(codes), strict=True)]
+        return torch.stack(each).sum(0) if self.residual else torch.cat(each, 1)
+
+    def inputs(self, latents: Tensor) -> Iterator[tuple[NearestCode, Tensor]]:
+        """Each quantizer, and what it is given."""
+        left, chunks = latents, latents.chunk(len(self.parts), 1)
+        for place, part in enumerate(self.parts):
+            yield part, left if self.residual else chunks[place]
+            if self.residual:
+                left = left - part.decoded(part.nearest(left)).detach()
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        made = [part.quantize(given, step, seeds) for part, given in self.inputs(latents)]
+        codes = torch.stack([one.codes for one in made], 1)
+        weight = 1 if self.residual else 1 / len(made)
+        parts = {name: weight * torch.stack([one.parts[name] for one in made]).sum() for name in made[0].parts}
+        loss = weight * torch.stack([one.loss for one in made]).sum()
+        if not self.residual:
+            return Quantized(torch.cat([one.latents for one in made], 1), codes, loss, parts)
+        read = torch.ones(len(latents), len(made), 1, 1, 1)
+        for image, seed in enumerate(seeds):
+            drops, level = torch.empty(2).uniform_(generator=torch.Generator().manual_seed(seed)).tolist()
+            if drops < self.config.dropout and not self.trainer.config.training.decoder_only:
+                read[image, math.floor(level * len(made)) + 1 :] = 0.0
+        each = torch.stack([part.decoded(one.codes) for part, one in zip(self.parts, made, strict=True)], 1)
+        return Quantized(latents + ((each * read).sum(1) - latents).detach(), codes, loss, parts)
+
+    def update(self) -> None:
+        for part in self.parts:
+            part.update()
+
+    def replace_unused(self, use: Tensor, latents: Tensor, draw: torch.Generator) -> int:
+        given = enumerate(self.inputs(latents))
+        return sum(part.replace_unused(use[place, None], left, draw) for place, (part, left) in given)
+
+
+def by_place(codes: Tensor) -> Sequence[Tensor]:
+    """(B, h, w) or (B, q, h, w) -> of each of a position's codes (B, h, w)"""
+    return codes.unbind(1) if codes.ndim == 4 else [codes]

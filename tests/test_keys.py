@@ -25,6 +25,8 @@ def test_every_key_is_told_with_its_meaning_as_the_page_has_it():
     assert all(meaning.startswith("    ") and len(meaning) > 8 for meaning in told.values())
     rows = re.findall(r"^\| `([\w.]+)` \| (.+) \| (.+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
     for name, allowed, default, meaning in rows:
+        if allowed.startswith("section of type"):  # the page names its types here, and `keys` in a line of their own
+            continue
         its = {line for head, line in told.items() if head.endswith(f": {allowed}; default {default}".replace("`", ""))}
         # (A type is told once, and on the page with each of them.)
         assert name.endswith(".type") or f"    {meaning}".replace("\\|", "|") in its, name

@@ -13,7 +13,7 @@ from helpers import TAMING
 from plain_trainer import PlainTrainer
 from runs import metrics, tensors
 from start import config_with_start, smooth_leaky_relu
-from tiny import DISCRIMINATOR, merged
+from tiny import DISCRIMINATOR, having, merged
 from torch import Tensor
 
 from vqgan_accel.config import Config, validated
@@ -28,7 +28,6 @@ SHOWS = 100  # times the tolerance: what a wrong setting moves some weight by, a
 # as large as gradients are makes AdamW feel their size (and the clipping), and keeps it from making steps of rounding.
 BASE: dict[str, Any] = {
     "autoencoder": {"channels": 64},  # two in a group: a bias before a norm of one channel a group learns nothing
-    "quantizer": {"num_codes": 64},
     "losses": {"l1_weight": 0.0, "l2_weight": 1.0},  # L1 has a kink, and a case of its own
     "training": {
         "max_steps": 12,  # 6 epochs
@@ -69,6 +68,29 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gumbel": {"quantizer": GUMBEL},
     "gumbel, straight through": {"quantizer": GUMBEL | {"straight_through": True, "hidden_channels": 16}},
+    "residual, reinit from latents": {
+        "quantizer": {
+            "type": "residual",
+            "depth": 3,
+            "dropout": 0.5,
+            "inner": {**EMA, **REINIT, "num_codes": 16, "embedding_dim": 8},
+        },
+        "training": {"gradient_accumulation_steps": 2},
+    },
+    "product of unit vectors, reinit from used codes": {
+        "quantizer": {
+            "type": "product",
+            "groups": 2,
+            "inner": {
+                **REINIT,
+                "type": "standard",
+                "l2_normalize": True,
+                "reinit_from": "used_codes",
+                "num_codes": 64,
+                "embedding_dim": 8,
+            },
+        },
+    },
     "l1": {"losses": {"l1_weight": 0.7, "l2_weight": 0.4}},
     "attention": {"autoencoder": TAMING | {"channels": 64}, "training": {"base_lr": 3e-4}},
     "clipped and averaged": {"training": CAREFUL},
@@ -130,6 +152,8 @@ def prepared(case: dict[str, Any], folder: Path) -> Config:
     values = merged(BASE, case)
     if "type" in case.get("autoencoder", {}):
         values["autoencoder"] = case["autoencoder"]  # another architecture, with keys of its own
+    kind = case.get("quantizer", {}).get("type", "standard")
+    values["quantizer"] = having(kind, num_codes=64) | case.get("quantizer", {})
     return config_with_start(folder, values)
 
 
