@@ -28,6 +28,9 @@ def having(kind: str, **settings: Any) -> dict[str, Any]:
 
 INNER = {"type": "ema", "num_codes": 16, "embedding_dim": 8}
 SMALL: dict[str, dict[str, Any]] = {  # what makes a type small that has no num_codes
+    "fsq": {"levels": [4, 3]},
+    "lfq": {"bits": 4},
+    "bsq": {"bits": 4},
     "residual": {"depth": 3, "inner": INNER, "dropout": 0.5},
     "product": {"groups": 2, "inner": {**INNER, "type": "standard"}},
 }

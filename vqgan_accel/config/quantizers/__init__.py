@@ -7,6 +7,7 @@ from typing import Annotated
 
 from vqgan_accel.config.quantizers.gumbel import GumbelQuantizerConfig
 from vqgan_accel.config.quantizers.ibq import IBQQuantizerConfig
+from vqgan_accel.config.quantizers.lookup_free import BSQQuantizerConfig, FSQQuantizerConfig, LFQQuantizerConfig
 from vqgan_accel.config.quantizers.nearest import (
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
@@ -19,11 +20,14 @@ from vqgan_accel.config.quantizers.several import ProductQuantizerConfig, Residu
 from vqgan_accel.sections import ByType
 
 __all__ = [
+    "BSQQuantizerConfig",
     "EMAQuantizerConfig",
     "EntropyQuantizerConfig",
+    "FSQQuantizerConfig",
     "GumbelQuantizerConfig",
     "IBQQuantizerConfig",
     "KeptCodebookConfig",
+    "LFQQuantizerConfig",
     "NearestCodeConfig",
     "ProductQuantizerConfig",
     "QuantizerConfig",
@@ -41,6 +45,9 @@ QuantizerConfig = (
     | ResidualQuantizerConfig
     | ProductQuantizerConfig
     | SimVQQuantizerConfig
+    | FSQQuantizerConfig
+    | LFQQuantizerConfig
+    | BSQQuantizerConfig
     | IBQQuantizerConfig
 )
 QuantizerField = Annotated[QuantizerConfig, ByType()]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vqgan_accel.config.quantizers.ibq import IBQQuantizerConfig
+from vqgan_accel.config.quantizers.lookup_free import BSQQuantizerConfig, FSQQuantizerConfig, LFQQuantizerConfig
 from vqgan_accel.config.quantizers.nearest import (
     EMAQuantizerConfig,
     EntropyQuantizerConfig,
@@ -18,8 +19,10 @@ from vqgan_accel.sections import ByType, Learning, QuantizerSection, Reinit
 if TYPE_CHECKING:
     from vqgan_accel.models.quantizers.base import Quantizer
 
-ResidualInner = StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | SimVQQuantizerConfig
-ProductInner = ResidualInner | IBQQuantizerConfig
+ResidualInner = (
+    StandardQuantizerConfig | EMAQuantizerConfig | EntropyQuantizerConfig | SimVQQuantizerConfig | FSQQuantizerConfig
+)
+ProductInner = ResidualInner | IBQQuantizerConfig | LFQQuantizerConfig | BSQQuantizerConfig
 EMA = EMAQuantizerConfig(type="ema")
 
 
