@@ -24,7 +24,7 @@ from vqgan_accel.data.order import epoch_order
 from vqgan_accel.data.transforms import training_view
 from vqgan_accel.models.build import build_discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
+from vqgan_accel.randomness import CODE_INIT, CODE_REINIT, QUANTIZER_NOISE, position_seed
 
 
 def half_cosine(start: float, end: float, step: int, steps: int) -> float:
@@ -44,8 +44,8 @@ class PlainTrainer:
         self.files = sorted(Path(str(config.data.path), "train").iterdir())
         self.steps_per_epoch = len(self.files) // training.total_batch_size
         self.tokenizer = ImageTokenizer.from_pretrained(start / "tokenizer").train()
-        quantizer = Gumbel if config.quantizer.type == "gumbel" else NearestCode
-        self.quantizer: Gumbel | NearestCode = quantizer(self.tokenizer.quantizer, self)
+        kinds: dict[str, type[Gumbel | NearestCode]] = {"gumbel": Gumbel, "ibq": IndexBackpropagation}
+        self.quantizer = kinds.get(config.quantizer.type, NearestCode)(self.tokenizer.quantizer, self)
 
         only = "decoder." if training.decoder_only else ""
         trained = {name: p for name, p in self.tokenizer.named_parameters() if name.startswith(only)}
@@ -95,6 +95,8 @@ class PlainTrainer:
         training, adversarial = self.config.training, self.config.discriminator
         since = step - self.steps_in(adversarial.start) if adversarial else -1  # steps since the game began
         rounds = training.gradient_accumulation_steps
+        if step == 0 and getattr(self.config.quantizer, "init", "") == "kmeans" and training.init_from is None:
+            self.find_centres(self.images(step, range(training.total_batch_size)))
         parts: list[dict[str, Tensor]] = []
         latents, codes = [], []
         for index in range(rounds):
@@ -121,8 +123,11 @@ class PlainTrainer:
         if training.ema_decay is not None:
             self.update_average(training.ema_decay)
         self.use += torch.bincount(torch.cat(codes).flatten(), minlength=len(self.use))
-        if (step + 1) % self.steps_per_epoch == 0:
-            line |= self.end_epoch(step, torch.stack(latents, 1).flatten(0, 1))  # sample b k + r: b-th of round r
+        window = self.usage_window()
+        if (step + 1) % window == 0:
+            line |= self.end_window(
+                step, window, torch.stack(latents, 1).flatten(0, 1)
+            )  # sample b k + r: b-th of round r
         line |= {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "bad_steps": 0, "skipped_images": 0}
         self.lines.append(line | {"learning_rate": self.learning_rate(step)})
 
@@ -175,13 +180,33 @@ class PlainTrainer:
         for name in self.average.keys() - dict(self.tokenizer.named_parameters()).keys():
             self.average[name] = self.tokenizer.state_dict()[name].clone()
 
-    def end_epoch(self, step: int, latents: Tensor) -> dict[str, float]:
-        """latents: (B, D, h, w) of the step's whole batch"""
-        share = self.use[self.use > 0] / self.use.sum()
-        values = {"epoch_perplexity": math.exp(-(share * share.log()).sum())}
-        values["epoch_codebook_usage"] = 100 * len(share) / len(self.use)
+    @torch.no_grad()
+    def find_centres(self, images: Tensor) -> None:
+        """Ten steps of k-means from K of the first batch's latents."""
+        assert isinstance(self.quantizer, NearestCode)
+        tokens = self.tokenizer.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+        draw = torch.Generator().manual_seed(position_seed(CODE_INIT, self.config.seed))
+        centres = tokens[torch.randperm(len(tokens), generator=draw)[: self.config.quantizer.num_codes]]
+        for _ in range(10):
+            owner = ((tokens[:, None] - centres) ** 2).sum(2).argmin(1)
+            centres = torch.stack(
+                [tokens[owner == k].mean(0) if (owner == k).any() else centre for k, centre in enumerate(centres)]
+            )
+        self.quantizer.network.codebook.copy_(centres)
+
+    def usage_window(self) -> int:
+        """Steps over which uses are counted."""
         every = getattr(self.config.quantizer, "reinit_every", None)
-        if every and (step + 1) % (every.value * self.steps_per_epoch) == 0:
+        in_epochs = every is None or self.steps_in(every) % self.steps_per_epoch == 0
+        return self.steps_per_epoch if in_epochs else self.steps_in(every)
+
+    def end_window(self, step: int, window: int, latents: Tensor) -> dict[str, float]:
+        """latents: (B, D, h, w) of the step's whole batch"""
+        share, name = self.use[self.use > 0] / self.use.sum(), "epoch" if window == self.steps_per_epoch else "recent"
+        values = {f"{name}_perplexity": math.exp(-(share * share.log()).sum())}
+        values[f"{name}_codebook_usage"] = 100 * len(share) / len(self.use)
+        every = getattr(self.config.quantizer, "reinit_every", None)
+        if every and (step + 1) % self.steps_in(every) == 0:
             draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
             assert isinstance(self.quantizer, NearestCode)
             values["reinitialised_codes"] = self.quantizer.replace_unused(self.use, latents, draw)
@@ -222,7 +247,8 @@ class Quantized(NamedTuple):
 
 
 class NearestCode:
-    """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term."""
+    """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term;
+    simvq: e = W c + b."""
 
     def __init__(self, network: Any, trainer: PlainTrainer) -> None:
         self.network, self.trainer = network, trainer
@@ -237,6 +263,8 @@ class NearestCode:
         """(K, D) as they are compared"""
         if self.config.type == "ema":
             return self.unit(self.network.sums / self.smoothed_counts()[:, None])
+        if self.config.type == "simvq":
+            return self.unit(self.network.frozen @ self.network.projection.weight.T + self.network.projection.bias)
         return self.unit(self.network.codebook)
 
     def smoothed_counts(self) -> Tensor:
@@ -266,7 +294,7 @@ class NearestCode:
             of_mean = -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
             parts["entropy_loss"] = -(p * log_p).sum(1).mean() - of_mean
             loss = loss + config.entropy_ratio * parts["entropy_loss"]
-        passed = tokens + (chosen - tokens).detach()
+        passed = turned(tokens, chosen) if config.gradient == "rotation" else tokens + (chosen - tokens).detach()
         grid = passed.view(batch, height, width, dim).permute(0, 3, 1, 2)
         return Quantized(grid, codes.view(batch, height, width), loss, parts)
 
@@ -282,12 +310,13 @@ class NearestCode:
     @torch.no_grad()
     def replace_unused(self, use: Tensor, latents: Tensor, draw: torch.Generator) -> int:
         """Returns how many."""
-        unused = (use == 0).nonzero().flatten()
+        unused = ((use == 0) | (use < self.config.reinit_below * use.mean())).nonzero().flatten()
         if self.config.reinit_from == "latents":
             tokens = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
             new = tokens[torch.randperm(len(tokens), generator=draw)[: len(unused)]]
         else:
             vectors = self.vectors()
+            use = use.index_fill(0, unused, 0)
             new = vectors[torch.multinomial(use.double(), len(unused), replacement=True, generator=draw)]
             new = new + 0.01 * vectors[use > 0].std(0, correction=0) * torch.randn(new.shape, generator=draw)
         if self.config.type == "ema":
@@ -328,3 +357,45 @@ class Gumbel:
 
     def update(self) -> None:
         pass
+
+
+def turned(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """(M, D) both: the chosen vectors, as |q| / |z| R z with the matrix R of the rotation from z to q."""
+    moved = []
+    for z, q in zip(tokens, chosen, strict=True):
+        with torch.no_grad():
+            z_hat, q_hat = z / z.norm(), q / q.norm()
+            middle = (z_hat + q_hat) / (z_hat + q_hat).norm()
+            rotation = torch.eye(len(z)) - 2 * torch.outer(middle, middle) + 2 * torch.outer(q_hat, z_hat)
+            rotation = rotation * q.norm() / z.norm()
+        moved.append(rotation @ z)
+    return torch.stack(moved)
+
+
+class IndexBackpropagation(NearestCode):
+    """|z - e|^2 + |z - sg[e]|^2 + beta |sg[z] - e|^2 and an entropy term, with e = (hard + p - sg[p]) C in the first
+    and in what is decoded."""
+
+    def vectors(self) -> Tensor:
+        return self.network.codebook
+
+    def unit(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        config, codebook = self.config, self.network.codebook
+        batch, dim, height, width = latents.shape
+        tokens = latents.permute(0, 2, 3, 1).reshape(-1, dim)  # (M, D)
+        products = tokens @ codebook.T  # (M, K)
+        codes, p = products.argmax(1), products.softmax(1)
+        hard = F.one_hot(codes, len(codebook)).float()
+        soft_vectors, hard_vectors = (hard + p - p.detach()) @ codebook, hard @ codebook
+        commitment = ((tokens - hard_vectors.detach()) ** 2).mean()
+        loss = ((tokens - soft_vectors) ** 2).mean() + commitment
+        loss = loss + config.codebook_cost * ((tokens.detach() - hard_vectors) ** 2).mean()
+        log_q = (products / config.entropy_temperature).log_softmax(1)
+        mean = log_q.exp().mean(0)
+        entropy = -(log_q.exp() * log_q).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+        grid = soft_vectors.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        parts = {"commitment_loss": commitment, "entropy_loss": entropy}
+        return Quantized(grid, codes.view(batch, height, width), loss + config.entropy_ratio * entropy, parts)
