@@ -7,6 +7,7 @@ of which have tests of their own. One process, and images in a folder.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from vqgan_accel.data.order import epoch_order
 from vqgan_accel.data.transforms import training_view
 from vqgan_accel.models.build import build_discriminator
 from vqgan_accel.models.tokenizer import ImageTokenizer
-from vqgan_accel.randomness import CODE_REINIT, QUANTIZER_NOISE, position_seed
+from vqgan_accel.randomness import CODE_INIT, CODE_REINIT, QUANTIZER_NOISE, position_seed
 
 
 def half_cosine(start: float, end: float, step: int, steps: int) -> float:
@@ -44,7 +45,15 @@ class PlainTrainer:
         self.files = sorted(Path(str(config.data.path), "train").iterdir())
         self.steps_per_epoch = len(self.files) // training.total_batch_size
         self.tokenizer = ImageTokenizer.from_pretrained(start / "tokenizer").train()
-        kinds: dict[str, Any] = {"gumbel": Gumbel, "residual": Several, "product": Several}
+        kinds: dict[str, Any] = {
+            "gumbel": Gumbel,
+            "ibq": IndexBackpropagation,
+            "residual": Several,
+            "product": Several,
+            "fsq": Levels,
+            "lfq": Signs,
+            "bsq": Signs,
+        }
         kind = kinds.get(config.quantizer.type, NearestCode)
         self.quantizer: Any = kind(self.tokenizer.quantizer, self, config.quantizer)
 
@@ -98,6 +107,8 @@ class PlainTrainer:
         training, adversarial = self.config.training, self.config.discriminator
         since = step - self.steps_in(adversarial.start) if adversarial else -1  # steps since the game began
         rounds = training.gradient_accumulation_steps
+        if step == 0 and getattr(self.config.quantizer, "init", "") == "kmeans" and training.init_from is None:
+            self.find_centres(self.images(step, range(training.total_batch_size)))
         parts: list[dict[str, Tensor]] = []
         latents, codes = [], []
         for index in range(rounds):
@@ -125,11 +136,10 @@ class PlainTrainer:
             self.update_average(training.ema_decay)
         for use, chosen in zip(self.use, by_place(torch.cat(codes)), strict=True):
             use += torch.bincount(chosen.flatten(), minlength=len(use))
-        if (step + 1) % self.steps_per_epoch == 0:
-            both = (
-                torch.stack(parts, 1).flatten(0, 1) for parts in (latents, codes)
-            )  # sample b k + r: b-th of round r
-            line |= self.end_epoch(step, *both)
+        window = self.usage_window()
+        if (step + 1) % window == 0:
+            both = (torch.stack(some, 1).flatten(0, 1) for some in (latents, codes))  # sample b k + r: b-th of round r
+            line |= self.end_window(step, window, *both)
         line |= {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "bad_steps": 0, "skipped_images": 0}
         self.lines.append(line | {"learning_rate": self.learning_rate(step)})
 
@@ -183,22 +193,48 @@ class PlainTrainer:
             self.average[name] = self.tokenizer.state_dict()[name].clone()
 
     @torch.no_grad()
-    def end_epoch(self, step: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
-        """latents (B, D, h, w) and codes (B, h, w): of the step's whole batch"""
+    def find_centres(self, images: Tensor) -> None:
+        """Ten steps of k-means from K of the first batch's latents."""
+        assert isinstance(self.quantizer, NearestCode)
+        tokens = self.tokenizer.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+        draw = torch.Generator().manual_seed(position_seed(CODE_INIT, self.config.seed))
+        centres = tokens[torch.randperm(len(tokens), generator=draw)[: self.config.quantizer.num_codes]]
+        for _ in range(10):
+            owner = ((tokens[:, None] - centres) ** 2).sum(2).argmin(1)
+            centres = torch.stack(
+                [tokens[owner == k].mean(0) if (owner == k).any() else centre for k, centre in enumerate(centres)]
+            )
+        self.quantizer.network.codebook.copy_(centres)
+
+    def usage_window(self) -> int:
+        """Steps over which uses are counted."""
+        every = self.replaced_every()
+        in_epochs = every is None or every % self.steps_per_epoch == 0
+        return self.steps_per_epoch if every is None or in_epochs else every
+
+    def replaced_every(self) -> int | None:
+        """Steps between two replacements of codes."""
+        section: Any = self.config.quantizer
+        every = getattr(getattr(section, "inner", section), "reinit_every", None)
+        return None if every is None else self.steps_in(every)
+
+    def end_window(self, step: int, window: int, latents: Tensor, codes: Tensor) -> dict[str, float]:
+        """latents (B, D, h, w) and codes (B, h, w) or (B, q, h, w): of the step's whole batch"""
+        name = "epoch" if window == self.steps_per_epoch else "recent"
         shares = [use[use > 0] / use.sum() for use in self.use]
         each = [math.exp(-(share * share.log()).sum()) for share in shares]
-        values = {"epoch_perplexity": math.exp(sum(map(math.log, each)) / len(each))}
-        values["epoch_codebook_usage"] = 100 * sum(map(len, shares)) / self.use.numel()
+        values = {f"{name}_perplexity": math.exp(sum(map(math.log, each)) / len(each))}
+        values[f"{name}_codebook_usage"] = 100 * sum(map(len, shares)) / self.use.numel()
         for place, share in enumerate(shares if len(shares) > 1 else [], 1):
-            values[f"epoch_perplexity_{place}"] = each[place - 1]
-            values[f"epoch_codebook_usage_{place}"] = 100 * len(share) / self.use.shape[1]
-        values["codebook_norm"] = (self.quantizer.vectors() ** 2).sum(1).sqrt().mean().item()
+            values[f"{name}_perplexity_{place}"] = each[place - 1]
+            values[f"{name}_codebook_usage_{place}"] = 100 * len(share) / self.use.shape[1]
+        if not isinstance(self.quantizer, Levels | Signs):
+            values["codebook_norm"] = (self.quantizer.vectors() ** 2).sum(1).sqrt().mean().item()
         if not isinstance(self.quantizer, Gumbel):
             z, e = self.quantizer.compared(latents), self.quantizer.decoded(codes)
             values["quantization_error"] = ((z - e) ** 2).sum().item() / (z**2).sum().item()
-        section: Any = self.config.quantizer
-        every = getattr(getattr(section, "inner", section), "reinit_every", None)
-        if every and (step + 1) % (every.value * self.steps_per_epoch) == 0:
+        every = self.replaced_every()
+        if every and (step + 1) % every == 0:
             draw = torch.Generator().manual_seed(position_seed(CODE_REINIT, self.config.seed, step))
             values["reinitialised_codes"] = self.quantizer.replace_unused(self.use, latents, draw)
         self.use.zero_()
@@ -238,7 +274,8 @@ class Quantized(NamedTuple):
 
 
 class NearestCode:
-    """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term."""
+    """standard: |sg[z] - e|^2 + beta |z - sg[e]|^2; ema: the second term alone; entropy: all that and a third term;
+    simvq: e = W c + b."""
 
     def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
         self.network, self.trainer, self.config = network, trainer, config
@@ -252,6 +289,8 @@ class NearestCode:
         """(K, D) as they are compared"""
         if self.config.type == "ema":
             return self.unit(self.network.sums / self.smoothed_counts()[:, None])
+        if self.config.type == "simvq":
+            return self.unit(self.network.frozen @ self.network.projection.weight.T + self.network.projection.bias)
         return self.unit(self.network.codebook)
 
     def smoothed_counts(self) -> Tensor:
@@ -292,7 +331,7 @@ class NearestCode:
             of_mean = -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
             parts["entropy_loss"] = -(p * log_p).sum(1).mean() - of_mean
             loss = loss + config.entropy_ratio * parts["entropy_loss"]
-        passed = tokens + (chosen - tokens).detach()
+        passed = turned(tokens, chosen) if config.gradient == "rotation" else tokens + (chosen - tokens).detach()
         grid = passed.view(batch, height, width, dim).permute(0, 3, 1, 2)
         return Quantized(grid, codes.view(batch, height, width), loss, parts)
 
@@ -309,12 +348,13 @@ class NearestCode:
     def replace_unused(self, use: Tensor, latents: Tensor, draw: torch.Generator) -> int:
         """use: (1, K). Returns how many."""
         use = use[0]
-        unused = (use == 0).nonzero().flatten()
+        unused = ((use == 0) | (use < self.config.reinit_below * use.mean())).nonzero().flatten()
         if self.config.reinit_from == "latents":
             tokens = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
             new = tokens[torch.randperm(len(tokens), generator=draw)[: len(unused)]]
         else:
             vectors = self.vectors()
+            use = use.index_fill(0, unused, 0)
             new = vectors[torch.multinomial(use.double(), len(unused), replacement=True, generator=draw)]
             new = new + 0.01 * vectors[use > 0].std(0, correction=0) * torch.randn(new.shape, generator=draw)
         if self.config.type == "ema":
@@ -414,3 +454,117 @@ class Several:
 def by_place(codes: Tensor) -> Sequence[Tensor]:
     """(B, h, w) or (B, q, h, w) -> of each of a position's codes (B, h, w)"""
     return codes.unbind(1) if codes.ndim == 4 else [codes]
+
+
+def turned(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """(M, D) both: the chosen vectors, as |q| / |z| R z with the matrix R of the rotation from z to q."""
+    moved = []
+    for z, q in zip(tokens, chosen, strict=True):
+        with torch.no_grad():
+            z_hat, q_hat = z / z.norm(), q / q.norm()
+            middle = (z_hat + q_hat) / (z_hat + q_hat).norm()
+            rotation = torch.eye(len(z)) - 2 * torch.outer(middle, middle) + 2 * torch.outer(q_hat, z_hat)
+            rotation = rotation * q.norm() / z.norm()
+        moved.append(rotation @ z)
+    return torch.stack(moved)
+
+
+class IndexBackpropagation(NearestCode):
+    """|z - e|^2 + |z - sg[e]|^2 + beta |sg[z] - e|^2 and an entropy term, with e = (hard + p - sg[p]) C in the first
+    and in what is decoded."""
+
+    def vectors(self) -> Tensor:
+        return self.network.codebook
+
+    def unit(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        config, codebook = self.config, self.network.codebook
+        batch, dim, height, width = latents.shape
+        tokens = latents.permute(0, 2, 3, 1).reshape(-1, dim)  # (M, D)
+        products = tokens @ codebook.T  # (M, K)
+        codes, p = products.argmax(1), products.softmax(1)
+        hard = F.one_hot(codes, len(codebook)).float()
+        soft_vectors, hard_vectors = (hard + p - p.detach()) @ codebook, hard @ codebook
+        commitment = ((tokens - hard_vectors.detach()) ** 2).mean()
+        loss = ((tokens - soft_vectors) ** 2).mean() + commitment
+        loss = loss + config.codebook_cost * ((tokens.detach() - hard_vectors) ** 2).mean()
+        log_q = (products / config.entropy_temperature).log_softmax(1)
+        mean = log_q.exp().mean(0)
+        entropy = -(log_q.exp() * log_q).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+        grid = soft_vectors.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        parts = {"commitment_loss": commitment, "entropy_loss": entropy}
+        return Quantized(grid, codes.view(batch, height, width), loss + config.entropy_ratio * entropy, parts)
+
+
+class Levels:
+    """FSQ: tanh(z + shift) (L - 1) / 2, rounded; the gradient is as if it were not. No loss."""
+
+    def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
+        self.levels, self.gain = config.levels, {"tanh": 1.0, "sigmoid": 0.8}[config.bound]
+
+    def compared(self, latents: Tensor) -> Tensor:
+        channels = []
+        for channel, count in zip(latents.unbind(1), self.levels, strict=True):
+            half, offset = (count - 1) * 1.001 / 2, 0.5 if count % 2 == 0 else 0.0
+            channels.append(
+                (half * torch.tanh(self.gain * channel + math.atanh(offset / half)) - offset) / (count // 2)
+            )
+        return torch.stack(channels, 1)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        channels = []
+        for count in self.levels:
+            channels.append((codes % count - count // 2) / (count // 2))
+            codes = codes // count
+        return torch.stack(channels, 1)
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        compared, codes, worth = self.compared(latents), torch.zeros_like(latents[:, 0], dtype=torch.int64), 1
+        for channel, count in zip(compared.unbind(1), self.levels, strict=True):
+            codes = codes + worth * ((channel * (count // 2)).round().long() + count // 2)
+            worth *= count
+        return Quantized(compared + (self.decoded(codes) - compared).detach(), codes, torch.zeros(()), {})
+
+    def update(self) -> None:
+        pass
+
+
+class Signs:
+    """lfq and bsq: the signs, with entropies from the distributions over all codes."""
+
+    def __init__(self, network: Any, trainer: PlainTrainer, config: Any) -> None:
+        self.config = config
+        self.bits, self.scale = config.bits, config.bits**-0.5 if config.type == "bsq" else 1.0
+
+    def compared(self, latents: Tensor) -> Tensor:
+        return latents / latents.norm(dim=1, keepdim=True) if self.config.type == "bsq" else latents
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        bits = [codes // 2 ** (self.bits - 1 - place) % 2 for place in range(self.bits)]
+        return self.scale * (2.0 * torch.stack(bits, 1) - 1)
+
+    def quantize(self, latents: Tensor, step: int, seeds: list[int]) -> Quantized:
+        compared, config = self.compared(latents), self.config
+        codes = sum(
+            (channel > 0).long() * 2 ** (self.bits - 1 - place) for place, channel in enumerate(compared.unbind(1))
+        )
+        assert isinstance(codes, Tensor)
+        vectors = self.decoded(codes)
+        parts = {"commitment_loss": ((compared - vectors) ** 2).mean()}
+        tokens = compared.permute(0, 2, 3, 1).reshape(-1, self.bits)
+        entropies, of_means = torch.zeros(()), torch.zeros(())
+        for start in range(0, self.bits, config.entropy_group):
+            some = tokens[:, start : start + config.entropy_group]
+            every = self.scale * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=some.shape[1])))
+            log_p = (-((some[:, None] - every) ** 2).sum(2) / config.entropy_temperature).log_softmax(1)
+            mean = log_p.exp().mean(0)
+            entropies, of_means = entropies - (log_p.exp() * log_p).sum(1).mean(), of_means - (mean * mean.log()).sum()
+        parts["entropy_loss"] = entropies - config.entropy_gamma * of_means
+        cost = getattr(config, "commitment_cost", 0.0)
+        loss = cost * parts["commitment_loss"] + config.entropy_ratio * parts["entropy_loss"]
+        return Quantized(compared + (vectors - compared).detach(), codes, loss, parts)
+
+    def update(self) -> None:
+        pass

@@ -28,7 +28,7 @@ from images import noise
 from runs import assert_same_bits, metrics, train_until
 from tiny import tiny_config
 
-from vqgan_accel.config import DataConfig, save_config
+from vqgan_accel.config import DataConfig, parse_config, save_config
 from vqgan_accel.data.background import ahead
 from vqgan_accel.data.crops import evaluation_view
 from vqgan_accel.data.hub import image_rows
@@ -494,6 +494,15 @@ def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(parquet: Path, tmp_p
     assert_same_bits(whole / "checkpoints" / "latest", resumed / "checkpoints" / "latest")
     assert (whole / "metrics.jsonl").read_text() == (resumed / "metrics.jsonl").read_text()
     assert "epoch" not in metrics(whole)[0] and metrics(whole)[0]["total"] > 0
+
+
+def test_a_run_on_a_stream_of_unknown_length_replaces_codes_in_steps(parquet: Path, tmp_path: Path) -> None:
+    config = stream_config(tmp_path, parquet)
+    quantizer = {"type": "ema", "num_codes": 64, "embedding_dim": 8, "reinit_every": "2 steps", "reinit_below": 0.1}
+    config = parse_config(config.model_dump(mode="json") | {"quantizer": quantizer})
+    lines = {line["step"]: line for line in metrics(train(config)) if "total" in line}
+    assert [step for step, line in lines.items() if "recent_codebook_usage" in line] == [2, 4, 6]
+    assert all(0 < lines[step]["reinitialised_codes"] < 64 for step in (2, 4, 6))
 
 
 @pytest.mark.slow

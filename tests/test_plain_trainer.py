@@ -18,7 +18,9 @@ from torch import Tensor
 
 from vqgan_accel.config import Config, validated
 from vqgan_accel.models.discriminators import stylegan2
+from vqgan_accel.training import loop
 from vqgan_accel.training.loop import train
+from vqgan_accel.training.setup import Run
 
 TOLERANCE = 1e-5  # relative: of each logged value, and of the largest entry of each weight
 MOMENTS = 1e-4  # the same of AdamW's moments: gradients cancel, and rounding stays
@@ -49,6 +51,8 @@ REINIT = {"reinit_every": "2 epochs"}  # after steps 4, 8 and 12
 EMA = {"type": "ema", "decay": 0.8, "epsilon": 0.1}
 ENTROPY = {"type": "entropy", "entropy_temperature": 0.5, "entropy_ratio": 0.5}
 GUMBEL = {"type": "gumbel", "kl_cost": 0.5, "kl_warmup": "4 epochs", "temperature_decay": "10 steps"}
+SIMVQ = {"type": "simvq", "commitment_cost": 0.5}
+IBQ = {"type": "ibq", "codebook_cost": 0.4, "entropy_ratio": 0.5, "entropy_temperature": 0.5}
 CAREFUL = {"ema_decay": 0.75, "max_grad_norm": 0.2}
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"quantizer": {"commitment_cost": 0.5}},
@@ -66,8 +70,30 @@ CASES: dict[str, dict[str, Any]] = {
     "entropy, argmax, unit vectors, reinit from latents": {
         "quantizer": {**ENTROPY, **REINIT, "entropy_target": "argmax", "l2_normalize": True}
     },
+    "standard, rotation": {"quantizer": {"gradient": "rotation"}},
+    "ema, rotation, unit vectors": {"quantizer": EMA | {"gradient": "rotation", "l2_normalize": True}},
+    "standard, reinit of rare codes in steps": {"quantizer": {"reinit_every": "3 steps", "reinit_below": 0.5}},
+    "ema, reinit of rare codes from used codes in steps": {
+        "quantizer": EMA | {"reinit_every": "5 steps", "reinit_below": 0.3, "reinit_from": "used_codes"}
+    },
+    "standard, kmeans of two rounds": {
+        "quantizer": {"init": "kmeans", "num_codes": 16},
+        "training": {"gradient_accumulation_steps": 2},
+    },
+    "entropy, sphere": {"quantizer": ENTROPY | {"init": "sphere"}},
+    "simvq": {"quantizer": SIMVQ},
+    "simvq, rotation, unit vectors": {"quantizer": SIMVQ | {"gradient": "rotation", "l2_normalize": True}},
+    "ibq": {"quantizer": IBQ},
+    "ibq, reinit from latents of two rounds": {
+        "quantizer": IBQ | REINIT,
+        "training": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.2},
+    },
     "gumbel": {"quantizer": GUMBEL},
     "gumbel, straight through": {"quantizer": GUMBEL | {"straight_through": True, "hidden_channels": 16}},
+    "fsq": {"quantizer": {"type": "fsq", "levels": [8, 5, 5]}},
+    "fsq, sigmoid": {"quantizer": {"type": "fsq", "levels": [4, 3], "bound": "sigmoid"}, "training": CAREFUL},
+    "lfq": {"quantizer": {"type": "lfq", "bits": 6, "entropy_temperature": 0.5, "entropy_group": 4}},
+    "bsq": {"quantizer": {"type": "bsq", "bits": 6, "entropy_temperature": 0.3, "entropy_gamma": 0.7}},
     "residual, reinit from latents": {
         "quantizer": {
             "type": "residual",
@@ -123,7 +149,7 @@ CASES: dict[str, dict[str, Any]] = {
             "discriminator": GAME | {"adaptive_weight": True},
             "training": CAREFUL | {"decoder_only": True},
         }
-        for quantizer in ({"type": "standard"}, EMA, ENTROPY, GUMBEL)
+        for quantizer in ({"type": "standard"}, EMA, ENTROPY, GUMBEL, IBQ)
     },
 }
 
@@ -134,8 +160,12 @@ def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_twelve_steps_are_those_of_the_plain_trainer(case: str, tmp_path: Path) -> None:
+def test_twelve_steps_are_those_of_the_plain_trainer(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = prepared(CASES[case], tmp_path)
+    if getattr(config.quantizer, "init", "uniform") in ("kmeans", "sphere"):  # a codebook of its own
+        config = starting_anew(config, tmp_path / "start", monkeypatch)
     run = train(config)
     plain = PlainTrainer(config, tmp_path / "start")
     lines = [line for line in metrics(run) if "l2" in line]  # and not those of the validation
@@ -155,6 +185,18 @@ def prepared(case: dict[str, Any], folder: Path) -> Config:
     kind = case.get("quantizer", {}).get("type", "standard")
     values["quantizer"] = having(kind, num_codes=64) | case.get("quantizer", {})
     return config_with_start(folder, values)
+
+
+def starting_anew(config: Config, start: Path, patch: pytest.MonkeyPatch) -> Config:
+    """A run that begins with new weights, which it writes into `start` before its first step."""
+
+    def kept(run: Run, batches: list[Any]) -> None:
+        run.networks.tokenizer.network.save_pretrained(start / "tokenizer")
+        given(run, batches)
+
+    given = loop.give_first_codes
+    patch.setattr(loop, "give_first_codes", kept)
+    return validated(merged(config.model_dump(mode="json"), {"training": {"init_from": None}}), "anew")
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -222,6 +264,13 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gumbel", {"quantizer": {"kl_warmup": "5 epochs"}}),
     ("gumbel", {"quantizer": {"straight_through": True}}),
     ("gumbel", {"seed": 1}),
+    ("simvq", {"quantizer": {"commitment_cost": 0.45}}),
+    ("simvq", {"quantizer": {"gradient": "rotation"}}),
+    ("ibq", {"quantizer": {"codebook_cost": 0.45}}),
+    ("ibq", {"quantizer": {"entropy_ratio": 0.45}}),
+    ("ibq", {"quantizer": {"entropy_temperature": 0.55}}),
+    ("standard, reinit of rare codes in steps", {"quantizer": {"reinit_below": 0.0}}),
+    ("standard, reinit of rare codes in steps", {"quantizer": {"reinit_every": "4 steps"}}),
 ]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from runs import metrics, tensors
 from safetensors.torch import load_file
-from tiny import QUANTIZERS
+from tiny import QUANTIZERS, having
 from torch import Tensor
 from world_size import CASES, CHANGED_AT, CHANGES, START, STEPS, Case
 
@@ -38,6 +38,7 @@ ADAPTIVE_PAIRS += [
 ]
 # lambda and the mean code distribution are formed per round, so (1, 1) and (1, 2) agree where neither is there
 ROUNDS_PAIRS = [(Case(q, "fixed", "sgd", 1, 1), Case(q, "fixed", "sgd", 1, 2)) for q in ("standard", "ema", "gumbel")]
+REPLACING_PAIRS = [pair for pair in ADAPTIVE_PAIRS if having(pair[0].quantizer, reinit_every=None)]
 ADAM_PAIRS = [(Case(q, "adaptive", "adamw", 1, 1), Case(q, "adaptive", "adamw", 2, 1)) for q in QUANTIZERS]
 MANY = [case for case in CASES if case.processes > 1]
 
@@ -153,7 +154,7 @@ def replaced_codes(folder: Path, case: Case) -> dict[int, int]:
     return {line["step"]: line["reinitialised_codes"] for line in lines if "reinitialised_codes" in line}
 
 
-@pytest.mark.parametrize("pair", [pair for pair in ADAPTIVE_PAIRS if pair[0].quantizer != "gumbel"], ids=names)
+@pytest.mark.parametrize("pair", REPLACING_PAIRS, ids=names)
 def test_unused_codes_were_replaced(folder: Path, pair: tuple[Case, Case]) -> None:
     """So that the equal codebooks above say something about the draw."""
     one, other = (replaced_codes(folder, case) for case in pair)

@@ -37,8 +37,10 @@ from vqgan_accel.training.setup import Run
 STEPS, BATCH, IMAGES = 20, 8, 40  # 5 steps an epoch
 R1_EVERY, START = 3, 2  # adversarial steps from step 2 on, R1 on 2, 5, 8, ...
 SPECIAL: dict[str, dict[str, Any]] = {
+    "standard": {"init": "kmeans"},
     "ema": {"decay": 0.9},
     "entropy": {"reinit_from": "used_codes", "entropy_temperature": 1.0},
+    "ibq": {"entropy_temperature": 1.0},  # (at 0.01 rounding grows a hundredfold in a step)
 }
 
 
