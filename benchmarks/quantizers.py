@@ -1,6 +1,5 @@
 """Every quantizer on the demo's photographs, at equal steps and about equal bits: all of configs/quantizers/.
 
-
     python benchmarks/quantizers.py [--steps 270] [--seed 0] [--only ema fsq] [--data demo_photographs]
 
 The demo's networks and losses without the discriminator, whose noise would hide what quantizers differ in. Measured on

@@ -56,6 +56,13 @@ TESTS = {
     ),
     "training/*": ("test_plain_trainer.py", "test_bad_steps.py", "test_training.py", "test_fine_tuning.py"),
     "losses/*": ("test_losses.py", "test_plain_trainer.py"),
+    **{f"models/quantizers/{name}.py": ("test_lookup_free.py", "test_quantizers.py") for name in ("fsq", "lfq", "bsq")},
+    **{
+        f"models/quantizers/{name}.py": ("test_several_codes.py", "test_plain_trainer.py")
+        for name in ("residual", "product", "several")
+    },
+    "training/upkeep.py": ("test_upkeep.py", "test_loop.py", "test_several_codes.py"),
+    "evaluation/measures/codes.py": ("test_several_codes.py", "test_upkeep.py", "test_metrics.py"),
     "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_plain_trainer.py"),
     "models/discriminators/*": ("test_stylegan2.py", "test_convolution.py", "test_discriminators.py"),
     "models/tokenizer.py": ("test_tokenizer.py",),
