@@ -92,6 +92,13 @@ def test_levels_and_gradients_are_those_of_the_papers_formula(bound: str) -> Non
         assert level.unique().tolist() == list(range(-(count // 2), count - count // 2))
 
 
+def test_what_lies_beyond_the_levels_takes_the_last_one() -> None:
+    """A residual may."""
+    quantizer = FSQQuantizer((4, 3), "tanh")
+    far = torch.tensor([[[[5.0]], [[-5.0]]], [[[-5.0]], [[5.0]]]])
+    assert quantizer.find(far).flatten().tolist() == [3 + 4 * 0, 0 + 4 * 2]
+
+
 @pytest.mark.parametrize("bound", ["tanh", "sigmoid"])
 def test_zero_is_a_level_of_its_own_whether_their_number_is_odd_or_even(bound: str) -> None:
     quantizer = FSQQuantizer((8, 5, 4), bound)
