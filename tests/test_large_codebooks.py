@@ -251,9 +251,10 @@ class LargestTensor(TorchDispatchMode):
 @contextmanager
 def blocks_of(entries: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as changed:
-        for module, name in ((base, "MAX_DISTANCES"), (ibq, "MAX_DISTANCES"), (ibq, "MAX_LOGITS")):
+        for module, name in ((base, "MAX_DISTANCES"), (ibq, "MAX_DISTANCES"), (ibq, "BLOCK")):
             changed.setattr(module, name, entries)
         changed.setattr(entropy, "MAX_LOGITS", entries)
+        changed.setattr(entropy, "BLOCK", entries)
         yield
 
 
