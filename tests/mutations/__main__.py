@@ -2,8 +2,8 @@
 
     python tests/mutations [--only TEXT] [--skip N] [--new] [--jobs 1] [--table docs/mutations.md]
 
-For each entry of audit.py, own.py and codebooks.py the line is changed in a clone of the last commit, and the fast tests that are
-named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that lives is
+For each entry of the lists beside this file the line is changed in a clone of the last commit, and the fast tests that
+are named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that lives is
 printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is there twice, is an
 error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people. In the table the
 rows of mutants that were not asked for stay as they are, and the test that a row names is tried first.

@@ -82,7 +82,6 @@ CODEBOOKS = [
         "the mean distribution is a process's own",
     ),
     Mutant(ENTROPY, "sum(some[1:], some[0])", "some[0]", "the first block is all"),
-    Mutant(ENTROPY, "return mean_entropy - entropy_of_mean", "return mean_entropy + entropy_of_mean", "a sign"),
     Mutant(
         ENTROPY,
         "one_hot + (distribution - distribution.detach())",
@@ -161,7 +160,6 @@ CODEBOOKS = [
         "one place of a codebook counts",
     ),
     Mutant("training/upkeep.py", " or config.training.init_from is not None", "", "k-means replaces a loaded codebook"),
-    Mutant("training/upkeep.py", "    run.usage.reset()\n", "", "uses are never counted anew"),
     Mutant(
         "training/upkeep.py",
         "if plan.usage_every == plan.steps_per_epoch",
@@ -183,12 +181,6 @@ CODEBOOKS = [
         "        return epoch\n    return reinit_every",
         "        return epoch\n    return epoch",
         "uses are counted over epochs only",
-    ),
-    Mutant(
-        "training/plan.py",
-        "(step + 1) % self.reinit_every == 0",
-        "step % self.reinit_every == 0",
-        "codes are replaced a step early",
     ),
     Mutant(
         "training/plan.py",
