@@ -251,9 +251,10 @@ class LargestTensor(TorchDispatchMode):
 @contextmanager
 def blocks_of(entries: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as changed:
-        for module, name in ((base, "MAX_DISTANCES"), (ibq, "MAX_DISTANCES"), (ibq, "MAX_LOGITS")):
+        for module, name in ((base, "MAX_DISTANCES"), (ibq, "MAX_DISTANCES"), (ibq, "BLOCK")):
             changed.setattr(module, name, entries)
         changed.setattr(entropy, "MAX_LOGITS", entries)
+        changed.setattr(entropy, "BLOCK", entries)
         yield
 
 
@@ -336,3 +337,14 @@ def test_what_the_backward_pass_makes_anew_is_made_as_it_was_under_autocast_too(
         gradients.append((latents.grad, quantizer.codebook.grad))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_softmax_is_differentiated_in_float32_whatever_the_autocast_of_the_backward_pass() -> None:
+    tokens, codebook = flat(latents_of()).requires_grad_(), torch.randn(K, D, requires_grad=True)
+    gradients = []
+    for inside in (False, True):
+        passed = ibq.ThroughSoftmax.apply(torch.zeros(60, D), tokens, codebook)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(passed, [tokens, codebook], torch.ones_like(passed)))
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0.1 and torch.equal(one, other)

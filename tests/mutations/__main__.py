@@ -2,10 +2,10 @@
 
     python tests/mutations [--only TEXT] [--skip N] [--new] [--jobs 1] [--table docs/mutations.md]
 
-For each entry of audit.py, own.py and the others the line is changed in a clone of the last commit, and the fast tests
-that are named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that
-lives is printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is there twice, is
-an error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people. In the table the
+For each entry of the lists beside this file the line is changed in a clone of the last commit, and the fast tests that
+are named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that lives is
+printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is there twice, is an
+error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people. In the table the
 rows of mutants that were not asked for stay as they are, and the test that a row names is tried first.
 """
 
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from audit import AUDIT
+from codebooks import CODEBOOKS
 from mutant import Mutant, tests_of
 from own import OWN
 from quantizers import QUANTIZERS
@@ -36,6 +37,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 SLOW_IMPORTS = ("accelerate", "diffusers.models.modeling_utils", "diffusers.models.attention_processor", "hypothesis")
 SLOW_IMPORTS += ("lpips", "omegaconf", "pydantic", "safetensors.torch", "tensorboard", "torchmetrics")
 SLOW_IMPORTS += ("torch.utils.flop_counter", "torchvision.models")
+ALL = [*AUDIT, *OWN, *CODEBOOKS, *QUANTIZERS]
 TIMEOUT = 900  # seconds
 SURVIVED = "**survived**"
 NEXT = "Next: [the first run on a GPU](gpu/2026-11-26_H200.md)."
@@ -146,7 +148,7 @@ def killer(end: str) -> str | None:
 
 def write_table(table: Path, rows: dict[str, str]) -> None:
     """Of the mutants that there are, in their order, those that were run."""
-    run = [start for start in map(beginning, [*AUDIT, *OWN, *QUANTIZERS]) if start in rows]
+    run = [start for start in map(beginning, ALL) if start in rows]
     killed = sum(rows[start] != SURVIVED for start in run)
     head = ["# Wrong lines that a test sees", "", *(__doc__ or "").splitlines()[2:], ""]
     head += [f"{killed} of {len(run)} were killed.", ""]
@@ -165,7 +167,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", type=Path, help="write the outcome as a Markdown table")
     options = parser.parse_args()
-    mutants = [mutant for mutant in [*AUDIT, *OWN, *QUANTIZERS] if options.only in f"{mutant.file} {mutant.effect}"]
+    mutants = [mutant for mutant in ALL if options.only in f"{mutant.file} {mutant.effect}"]
     mutants, rows = mutants[options.skip :], old_rows(options.table)
     if options.new:
         mutants = [mutant for mutant in mutants if rows.get(beginning(mutant), SURVIVED) == SURVIVED]

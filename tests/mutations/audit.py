@@ -96,8 +96,8 @@ AUDIT = [
     # ---- what some test saw
     Mutant(
         "models/quantizers/entropy.py",
-        "mean_over_processes_with_gradient(target.mean(0))",
-        "target.mean(0).detach()",
+        "mean_over_processes_with_gradient(distribution)",
+        "distribution.detach()",
         "the entropy of the mean has no gradient",
     ),
     Mutant(
@@ -211,8 +211,8 @@ AUDIT = [
     ),
     Mutant(
         "training/plan.py",
-        "(step + 1) % (reinit.every_epochs * self.steps_per_epoch)",
-        "step % (reinit.every_epochs * self.steps_per_epoch)",
+        "(step + 1) % self.reinit_every",
+        "step % self.reinit_every",
         "codes are replaced a step too late",
     ),
     Mutant("schedules.py", "(step + 1) / warmup_steps", "step / warmup_steps", "the first warm-up step learns nothing"),

@@ -15,12 +15,27 @@ class Mutant(NamedTuple):
 
 # file -> the fast tests that watch it, the quickest first. The first pattern that fits counts.
 TESTS = {
-    "training/plan.py": ("test_plan.py", "test_config.py", "test_plain_trainer.py"),
+    "training/plan.py": ("test_plan.py", "test_codebook_life.py", "test_config.py", "test_plain_trainer.py"),
     "words.py": ("test_record.py",),
     "schedules.py": ("test_schedules.py", "test_plan.py"),
     "training/checkpoint.py": ("test_state.py", "test_validation.py", "test_training.py"),
     "training/state.py": ("test_state.py", "test_bad_steps.py", "test_training.py", "test_plain_trainer.py"),
-    "training/codebook.py": ("test_codebook.py", "test_bad_steps.py", "test_state.py", "test_plain_trainer.py"),
+    "training/codebook.py": (
+        "test_codebook.py",
+        "test_codebook_life.py",
+        "test_kmeans.py",
+        "test_bad_steps.py",
+        "test_state.py",
+        "test_plain_trainer.py",
+    ),
+    "training/upkeep.py": (
+        "test_upkeep.py",
+        "test_loop.py",
+        "test_codebook_life.py",
+        "test_kmeans.py",
+        "test_several_codes.py",
+        "test_bad_steps.py",
+    ),
     "training/arithmetic.py": ("test_arithmetic.py",),
     "training/banner.py": ("test_banner.py",),
     "training/initial.py": ("test_fine_tuning.py",),
@@ -61,8 +76,18 @@ TESTS = {
         f"models/quantizers/{name}.py": ("test_several_codes.py", "test_plain_trainer.py")
         for name in ("residual", "product", "several")
     },
-    "training/upkeep.py": ("test_upkeep.py", "test_loop.py", "test_several_codes.py"),
     "evaluation/measures/codes.py": ("test_several_codes.py", "test_upkeep.py", "test_metrics.py"),
+    "models/quantizers/ibq.py": ("test_large_codebooks.py",),
+    "models/quantizers/simvq.py": ("test_large_codebooks.py",),
+    "models/quantizers/entropy.py": ("test_large_codebooks.py", "test_quantizers.py"),
+    "models/quantizers/base.py": (
+        "test_rotation.py",
+        "test_quantizers.py",
+        "test_codebook_life.py",
+        "test_kmeans.py",
+        "test_codebook.py",
+    ),
+    "models/quantizers/ema.py": ("test_quantizers.py", "test_codebook_life.py", "test_codebook.py"),
     "models/quantizers/*": ("test_quantizers.py", "test_codebook.py", "test_plain_trainer.py"),
     "models/discriminators/*": ("test_stylegan2.py", "test_convolution.py", "test_discriminators.py"),
     "models/tokenizer.py": ("test_tokenizer.py",),

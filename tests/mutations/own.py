@@ -150,8 +150,8 @@ OWN = [
     ),
     Mutant(
         "training/plan.py",
-        "step % self.steps_per_epoch == 0",
-        "(step + 1) % self.steps_per_epoch == 0",
+        "step % self.usage_every == 0",
+        "(step + 1) % self.usage_every == 0",
         "epochs end a step early",
     ),
     Mutant(
@@ -228,7 +228,7 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        "{**output.metrics, ",
+        "{**found.metrics, ",
         "{",
         "the entropy quantizer's other losses are not reported",
     ),
@@ -252,9 +252,9 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/nearest.py",
-        "quantized = gather_codes(codebook, codes)",
-        "quantized = gather_codes(self.codebook, codes)",
-        "with l2_normalize codes are decoded at any length",
+        "return nearest_with_losses(latents, self.codebook_vectors(), self.commitment_cost)",
+        "return nearest_with_losses(latents, self.codebook, self.commitment_cost)",
+        "with l2_normalize codes are compared at any length",
     ),
     # ---- training/
     Mutant(
@@ -334,9 +334,9 @@ OWN = [
         "temperature and KL cost stay where they begin",
     ),
     Mutant("training/loop.py", "sums[2:] / num_processes()", "sums[2:]", "logged losses are sums over processes"),
-    Mutant("training/loop.py", "run.usage.reset()", "pass", "use of codes is counted since the run began"),
+    Mutant("training/upkeep.py", "run.usage.reset()", "pass", "use of codes is counted since the run began"),
     Mutant(
-        "training/loop.py",
+        "training/upkeep.py",
         "position_seed(CODE_REINIT, run.config.seed, step)",
         "position_seed(CODE_REINIT, 0, step)",
         "the same codes are drawn whatever the seed",
@@ -382,14 +382,14 @@ OWN = [
     ),
     Mutant(
         "training/codebook.py",
-        "unused = unused[: len(vectors)]",
-        "unused = unused[-len(vectors) :]",
+        "codes = codes[: len(vectors)]",
+        "codes = codes[-len(vectors) :]",
         "other codes are replaced than were said",
     ),
-    Mutant("training/codebook.py", "(self.counts == 0)", "(self.counts <= 1)", "codes used once are replaced"),
+    Mutant("training/codebook.py", "clamp_min(0.5)", "clamp_min(1.5)", "codes used once are replaced"),
     Mutant(
         "training/codebook.py",
-        "forget_moments(quantizer, optimizer, unused)",
+        "forget_moments(codebook, optimizer, codes)",
         "pass",
         "replaced codes keep their old moments",
     ),
@@ -473,14 +473,14 @@ OWN = [
     # ---- models/quantizers/
     Mutant(
         "models/quantizers/nearest.py",
-        "codebook_loss + self.commitment_cost * commitment_loss",
-        "commitment_loss + self.commitment_cost * codebook_loss",
+        "codebook_loss + commitment_cost * commitment_loss",
+        "commitment_loss + commitment_cost * codebook_loss",
         "the commitment cost weighs the codebook's term",
     ),
     Mutant(
         "models/quantizers/nearest.py",
-        "F.mse_loss(quantized, latents.detach())",
-        "F.mse_loss(quantized, latents)",
+        "F.mse_loss(vectors, latents.detach())",
+        "F.mse_loss(vectors, latents)",
         "the codebook's term pulls the encoder, too",
     ),
     Mutant(
@@ -491,8 +491,8 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/ema.py",
-        "self.counts.lerp_(sum_over_processes(self.new_counts), 1 - self.decay)",
-        "self.counts.lerp_(sum_over_processes(self.new_counts), self.decay)",
+        "torch.where(rests, 0.0, 1 - self.decay)",
+        "torch.where(rests, 0.0, self.decay)",
         "decay is 1 - decay",
     ),
     Mutant(
@@ -793,20 +793,20 @@ OWN = [
     # ---- more of models/quantizers/
     Mutant(
         "models/quantizers/nearest.py",
-        "F.mse_loss(latents, quantized.detach())",
-        "F.mse_loss(latents, quantized)",
+        "F.mse_loss(latents, vectors.detach())",
+        "F.mse_loss(latents, vectors)",
         "the commitment term pulls the codebook, too",
     ),
     Mutant(
-        "models/quantizers/nearest.py",
-        "straight_through(latents, quantized),",
-        "quantized,",
+        "models/quantizers/base.py",
+        "quantized = GRADIENTS[self.gradient](latents, found.vectors)",
+        "quantized = found.vectors",
         "no gradient of the losses reaches the encoder",
     ),
     Mutant(
         "models/quantizers/ema.py",
-        "self.sums.lerp_(sum_over_processes(self.new_sums), 1 - self.decay)",
-        "self.sums.lerp_(self.new_sums, 1 - self.decay)",
+        "self.sums.lerp_(new_sums, share[:, None])",
+        "self.sums.lerp_(self.new_sums, share[:, None])",
         "EMA sums are those of one process",
     ),
     Mutant(
@@ -823,11 +823,16 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        "output.loss + self.ratio * entropy_loss",
-        "output.loss + entropy_loss",
+        "found.loss + self.ratio * entropy",
+        "found.loss + entropy",
         "entropy_ratio is 1 for everybody",
     ),
-    Mutant("models/quantizers/entropy.py", "one_hot + (target - target.detach())", "target", "argmax targets are soft"),
+    Mutant(
+        "models/quantizers/entropy.py",
+        "one_hot + (distribution - distribution.detach())",
+        "distribution",
+        "argmax targets are soft",
+    ),
     Mutant(
         "models/quantizers/gumbel.py",
         "self.x_to_logits(latents).argmax(1)\n\n    def codes",
@@ -848,8 +853,8 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/base.py",
-        "nn.functional.normalize(vectors, dim=1) if self.l2_normalize else vectors",
-        "vectors",
+        "nn.functional.normalize(latents, dim=1) if self.l2_normalize else latents",
+        "latents",
         "l2_normalize does nothing",
     ),
     Mutant(
@@ -1418,8 +1423,8 @@ OWN = [
     ),
     Mutant(
         "training/codebook.py",
-        "torch.Generator().manual_seed(seed)",
-        "torch.Generator()",
+        "torch.Generator().manual_seed(seed), 0",
+        "torch.Generator(), 0",
         "the same codes are drawn in every epoch",
     ),
     Mutant(
@@ -1512,8 +1517,8 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/base.py",
-        "nearest_codes(self.comparable(latents), self.codebook_vectors())",
-        "nearest_codes(self.comparable(latents), self.stored_vectors())",
+        "nearest_codes(latents, self.codebook_vectors())",
+        "nearest_codes(latents, self.stored_vectors())",
         "encode compares codes of any length",
     ),
     Mutant(
@@ -1543,37 +1548,37 @@ OWN = [
     Mutant(
         "models/quantizers/ema.py",
         "flatten(latents.detach())",
-        "flatten(quantized.detach())",
+        "flatten(gather_codes(codebook, codes))",
         "codes do not move towards their latents",
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        'if self.target == "argmax":',
-        'if self.target != "argmax":',
+        'if target == "argmax":',
+        'if target != "argmax":',
         "entropy_target means the other one",
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        "-(target * log_probabilities).sum(-1).mean()",
-        "-(target * log_probabilities).mean()",
+        "-(distribution * log_probabilities).sum(-1).mean()",
+        "-(distribution * log_probabilities).mean()",
         "the entropy of a token is a mean over codes",
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        "- 2 * tokens @ codebook.T",
-        "- tokens @ codebook.T",
+        "- 2 * some @ codebook.T",
+        "- some @ codebook.T",
         "the entropy loss is one of other distances",
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        "flatten(self.comparable(latents))",
-        "flatten(latents)",
+        "flatten(latents), self.codebook_vectors()",
+        "flatten(latents), self.codebook",
         "the entropy loss ignores l2_normalize",
     ),
     Mutant(
         "models/quantizers/entropy.py",
-        '"entropy_loss": entropy_loss.detach()',
-        '"entropy_loss": self.ratio * entropy_loss.detach()',
+        '"entropy_loss": entropy.detach()',
+        '"entropy_loss": self.ratio * entropy.detach()',
         "the entropy loss is logged weighted",
     ),
     Mutant(
@@ -1596,19 +1601,19 @@ OWN = [
     ),
     Mutant(
         "models/quantizers/nearest.py",
-        "nn.Parameter(self.comparable(initial_codebook(num_codes, embedding_dim)))",
-        "nn.Parameter(initial_codebook(num_codes, embedding_dim))",
+        "nn.Parameter(self.comparable(initial_codebook(num_codes, embedding_dim, init)))",
+        "nn.Parameter(initial_codebook(num_codes, embedding_dim, init))",
         "a new codebook is no set of unit vectors",
     ),
     Mutant(
-        "models/quantizers/nearest.py",
-        "latents, codebook = self.comparable(latents), self.codebook_vectors()",
-        "codebook = self.codebook_vectors()",
+        "models/quantizers/base.py",
+        "latents = self.comparable(latents)\n        found",
+        "found",
         "l2_normalize leaves latents as they are",
     ),
     Mutant(
         "models/quantizers/nearest.py",
-        "codebook_loss + self.commitment_cost * commitment_loss",
+        "codebook_loss + commitment_cost * commitment_loss",
         "codebook_loss + commitment_loss",
         "commitment_cost is 1 for everybody",
     ),
@@ -1726,8 +1731,8 @@ OWN = [
     ),
     Mutant(
         "evaluation/measures/codes.py",
-        "bits = math.log2(codes)",
-        "bits = math.log(codes)",
+        'bits = math.log2(usage["perplexity"])',
+        'bits = math.log(usage["perplexity"])',
         "bits are nats",
     ),
     Mutant(

@@ -19,7 +19,8 @@ from vqgan_accel.models.quantizers.nearest import StandardQuantizer
 
 Target = Literal["softmax", "argmax"]
 LOG_EPS = 1e-5  # keeps the logarithm of a code that nobody uses finite
-MAX_LOGITS = 2**26  # entries of one (tokens, codes) block: 256 MB in float32, about five times in a forward pass
+MAX_LOGITS = 2**26  # tokens x codes that are one block: 256 MB in float32, about five times in a forward pass
+BLOCK = 2**22  # entries of a block where they are more: small ones are quicker, on a CPU at least
 
 
 class EntropyQuantizer(StandardQuantizer):
@@ -67,8 +68,9 @@ def entropy_loss(tokens: Tensor, logits: Callable[[Tensor], Tensor], num_codes: 
     def of_block(block: Tensor) -> tuple[Tensor, Tensor]:
         return means(logits(block), target)
 
-    blocks = tokens.split(max(1, MAX_LOGITS // num_codes))
-    if len(blocks) == 1:
+    whole = len(tokens) * num_codes <= MAX_LOGITS
+    blocks = [tokens] if whole else tokens.split(max(1, BLOCK // num_codes))
+    if whole:
         parts = [of_block(tokens)]
     else:
         parts = [checkpoint(of_block, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]

@@ -25,9 +25,7 @@ from vqgan_accel.models.quantizers.base import (
     gather_codes,
     initial_codebook,
 )
-from vqgan_accel.models.quantizers.entropy import entropy_loss
-
-MAX_LOGITS = 2**26  # entries of one (tokens, codes) block of the backward pass: three of 256 MB in float32
+from vqgan_accel.models.quantizers.entropy import BLOCK, entropy_loss
 
 
 class IBQQuantizer(CodebookQuantizer):
@@ -99,7 +97,7 @@ class ThroughSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens, codebook = ctx.saved_tensors
-        at_once = max(1, MAX_LOGITS // len(codebook))
+        at_once = max(1, BLOCK // len(codebook))
         of_tokens, of_codebook = [], torch.zeros_like(codebook)
         with without_autocast(gradient):
             for some, theirs in zip(tokens.split(at_once), gradient.split(at_once), strict=True):
