@@ -35,6 +35,7 @@ TESTS = {
         "test_kmeans.py",
         "test_several_codes.py",
         "test_bad_steps.py",
+        "test_plain_trainer.py",
     ),
     "training/arithmetic.py": ("test_arithmetic.py",),
     "training/banner.py": ("test_banner.py",),

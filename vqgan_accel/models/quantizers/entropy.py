@@ -20,7 +20,7 @@ from vqgan_accel.models.quantizers.nearest import StandardQuantizer
 Target = Literal["softmax", "argmax"]
 LOG_EPS = 1e-5  # keeps the logarithm of a code that nobody uses finite
 MAX_LOGITS = 2**26  # tokens x codes that are one block: 256 MB in float32, about five times in a forward pass
-BLOCK = 2**22  # entries of a block where they are more: small ones are quicker, on a CPU at least
+BLOCK = 2**24  # entries of a block where they are more: nine of 64 MB are all that a pass holds
 
 
 class EntropyQuantizer(StandardQuantizer):
