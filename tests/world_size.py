@@ -40,6 +40,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "standard": {"init": "kmeans"},
     "ema": {"decay": 0.9},
     "entropy": {"reinit_from": "used_codes", "entropy_temperature": 1.0},
+    # so many levels that images differ in them: a norm of what is the same everywhere makes rounding large
+    "fsq": {"levels": [16, 15, 16]},
+    "lfq": {"entropy_temperature": 2.0, "entropy_group": 3},
     "ibq": {"entropy_temperature": 1.0},  # (at 0.01 rounding grows a hundredfold in a step)
 }
 
