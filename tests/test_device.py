@@ -178,7 +178,14 @@ def test_the_host_waits_once_a_step(case: Case, steps_of: Callable[[Case], list[
 
 
 # bytes of what a quantizer of 16 codes of 8 numbers sums itself: in each of two rounds, or once an update
-OWN = {"ema": [64, 512], "entropy": [64, 64], "ibq": [64, 64], "residual": 3 * [64, 512]}
+OWN = {
+    "ema": [64, 512],
+    "entropy": [64, 64],
+    "ibq": [64, 64],
+    "lfq": [64, 64],  # of 4 bits together
+    "bsq": [32, 32],  # of each
+    "residual": 3 * [64, 512],
+}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -199,6 +206,7 @@ def test_an_update_sends_each_gradient_once_and_little_else(
         last_layer = 2 * 4 * built[0].decoder.conv_out.weight.numel()  # its two gradients, for lambda, each round
         uses = 8 * sum(config.quantizer.codebook_sizes)  # which are counted in int64
         for known in (last_layer, last_layer, uses, *OWN.get(kind, [])):
+            assert known in rest, (known, rest)
             rest.remove(known)
         assert len(rest) == 1 and rest[0] <= 4 * 16  # losses, skipped images, requests
 
@@ -219,7 +227,7 @@ def validation_sums(folder: Path) -> list[Collective]:
 def test_a_validation_sends_its_sums_once_and_gathers_nothing(there: There, tmp_path: Path) -> None:
     found = there(validation_sums, tmp_path)
     means = 4 * [2 * 8]  # of l2, psnr, psnr_per_image, ssim: sum and number
-    codes = [16 * 8, 8, 16 * 8]  # uses and pixels, and uses for the picture
+    codes = [16 * 8, 3 * 8, 16 * 8]  # uses, pixels and errors, and uses for the picture
     counted = 3 * 8  # images, skipped ones, hash
     asked = 2 * [2 * 8]  # before each of two batches and at the end: is one of us to stop, has one of us images left?
     assert {each.name for each in found} == {"allreduce_"}
@@ -246,7 +254,13 @@ def validation_waits(folder: Path, images: int) -> list[str]:
 
 def test_a_validation_alone_waits_as_often_for_many_batches_as_for_few(there: There, tmp_path: Path) -> None:
     few, many = (there(validation_waits, tmp_path / str(images), images) for images in (2, 8))
-    assert few == many and set(few) == {"evaluate_tokenizer", "results", "perplexity", "codebook_usage"}
+    assert few == many and set(few) == {
+        "evaluate_tokenizer",
+        "results",
+        "perplexity",
+        "codebook_usage",
+        "quantization_error",
+    }
 
 
 # ---- mistakes, planted one at a time

@@ -243,6 +243,14 @@ def test_gradients_over_two_processes_average_to_those_of_one(monkeypatch: pytes
         torch.testing.assert_close(part[rows] / 2, expected[rows])
 
 
+def test_tokens_that_are_all_sure_of_one_code_leave_finite_gradients() -> None:
+    """The other codes' chances are 0 in float32, and the slope of p log p there is infinite."""
+    for quantizer in (LFQQuantizer(4, 0.25, 0.1, 1, 0.01, 9), BSQQuantizer(4, 0.1, 1, 0.001, 1)):
+        z = torch.full((2, 4, 2, 2), 3.0, requires_grad=True)
+        (gradient,) = torch.autograd.grad(quantizer(z).loss, z)
+        assert gradient.isfinite().all()
+
+
 def test_bsq_has_unit_vectors_and_lengths_do_not_matter() -> None:
     quantizer = BSQQuantizer(9, 0.1, 1.0, 1.0, 1)
     z = latents(9)

@@ -44,8 +44,8 @@ QUANTIZERS = [
     ),
     Mutant(
         "models/quantizers/lfq.py",
-        "mean_entropy - self.gamma",
-        "mean_entropy + self.gamma",
+        "mean_entropy + self.gamma *",
+        "mean_entropy - self.gamma *",
         "all tokens are to take one code",
     ),
     Mutant(
@@ -166,8 +166,8 @@ QUANTIZERS = [
     ),
     Mutant(
         "evaluation/measures/codes.py",
-        "errors = sum_over_processes(self.errors)",
-        "errors = self.errors",
+        "sums = self.counts(), sum_over_processes(self.sums)",
+        "sums = self.counts(), self.sums",
         "the error of one process",
     ),
     Mutant("training/upkeep.py", "share < COLLAPSED and", "share > COLLAPSED and", "whoever is well is warned"),
@@ -180,4 +180,5 @@ QUANTIZERS = [
         "quantization_error(torch.stack(known).sum(0))",
         "the error of one process in training",
     ),
+    Mutant("models/quantizers/lfq.py", "(joint + TINY).log()", "joint.log()", "a code that no token may be gives nan"),
 ]

@@ -63,29 +63,26 @@ class Codebook(Measure):
         super().__init__(name, setting)
         self.sizes = setting.codebook_sizes
         self.uses = torch.zeros(sum(self.sizes), dtype=torch.int64, device=setting.device)
-        self.pixels = torch.zeros((), dtype=torch.int64, device=setting.device)
-        self.errors = torch.zeros(2, dtype=torch.float64, device=setting.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=setting.device)  # pixels, and `error_sums`
 
     def update(self, seen: Seen) -> None:
         if seen.tokenizer is not None and seen.latents is not None:
             errors = error_sums(seen.tokenizer.quantizer, seen.latents, seen.codes)
-            self.errors += 0 if errors is None else errors
+            self.sums[1:] += 0 if errors is None else errors
         self.uses += count_all_codes(seen.codes, self.sizes)
-        self.pixels += seen.images[:, 0].numel()
+        self.sums[0] += seen.images[:, 0].numel()
 
     def counts(self) -> Tensor:
         """(sum of K,) int64, one codebook after another, over all processes; every one calls it."""
         return sum_over_processes(self.uses)
 
     def results(self, collected: Collected) -> dict[str, float]:
-        counts, pixels = self.counts(), int(sum_over_processes(self.pixels))
+        counts, sums = self.counts(), sum_over_processes(self.sums)
         usage = usage_metrics(counts, self.sizes)
         bits = math.log2(usage["perplexity"]) if usage["perplexity"] else 0.0
-        of_codes = {"bits_per_token": bits, "bits_per_pixel": bits * int(counts.sum()) / pixels}
-        errors = sum_over_processes(self.errors)
-        return usage | of_codes | ({"quantization_error": quantization_error(errors)} if errors.any() else {})
+        of_codes = {"bits_per_token": bits, "bits_per_pixel": bits * int(counts.sum()) / int(sums[0])}
+        return usage | of_codes | ({"quantization_error": quantization_error(sums[1:])} if sums[1:].any() else {})
 
     def reset(self) -> None:
         self.uses.zero_()
-        self.pixels.zero_()
-        self.errors.zero_()
+        self.sums.zero_()

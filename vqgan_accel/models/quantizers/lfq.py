@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from vqgan_accel.distributed import mean_over_processes_with_gradient
 from vqgan_accel.models.quantizers.base import Found, LookupQuantizer, flatten
 
+TINY = 1e-30  # keeps the logarithm of a code that no token may be finite, and its slope
+
 
 class BinaryQuantizer(LookupQuantizer):
     """Codes are signs, the first number's the most significant bit; their vectors have +scale and -scale.
@@ -70,7 +72,7 @@ class BinaryQuantizer(LookupQuantizer):
         mean_entropy = bit_entropies(logits).sum(1).mean()
         means = [mean_distribution(some) for some in logits.split(self.group, 1)]
         joint = mean_over_processes_with_gradient(torch.cat(means))
-        return mean_entropy - self.gamma * torch.special.entr(joint).sum()
+        return mean_entropy + self.gamma * (joint * (joint + TINY).log()).sum()
 
 
 class LFQQuantizer(BinaryQuantizer):
