@@ -7,8 +7,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-test}
-bash launch/setup.sh "$venv" dev
-if [ "${CONSTRAINTS:-requirements.txt}" = requirements.txt ]; then
+if [ "${CONSTRAINTS:-requirements.txt}" != requirements.txt ]; then
+  bash launch/setup.sh "$venv" dev
+else
+  bash launch/setup.sh "$venv" dev,comparisons
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"

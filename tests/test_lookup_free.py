@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from helpers import relative_error
 from torch import Tensor
 from torch.nn import functional as F
-from vector_quantize_pytorch import FSQ, LFQ, ResidualFSQ
 
 from vqgan_accel.config import parse_config
 from vqgan_accel.models.quantizers import BSQQuantizer, FSQQuantizer, LFQQuantizer, Quantizer, ResidualQuantizer
@@ -18,6 +18,12 @@ from vqgan_accel.models.quantizers import lfq as lfq_module
 from vqgan_accel.models.quantizers.lfq import BinaryQuantizer, bit_entropies, distribution, mean_distribution
 
 LEVELS = ((8, 5, 5, 5), (4, 3), (3,), (7, 6, 4))
+
+
+@pytest.fixture
+def theirs_is() -> Any:
+    """The extra `comparisons`, which the lowest versions do without."""
+    return pytest.importorskip("vector_quantize_pytorch")
 
 
 def latents(channels: int, scale: float = 1.0, batch: int = 6, seed: int = 3) -> Tensor:
@@ -54,10 +60,10 @@ def test_every_code_has_a_vector_of_its_own_and_is_found_for_it(quantizer: FSQQu
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_fsq_is_vector_quantize_pytorchs(levels: tuple[int, ...]) -> None:
+def test_fsq_is_vector_quantize_pytorchs(levels: tuple[int, ...], theirs_is: Any) -> None:
     """Codes, vectors and the gradient; its shift for even levels is the inverse of tanh, too (the paper's listing has
     tan)."""
-    ours, theirs = FSQQuantizer(levels, "tanh"), FSQ(list(levels))
+    ours, theirs = FSQQuantizer(levels, "tanh"), theirs_is.FSQ(list(levels))
     z = latents(len(levels), 1.5).requires_grad_()
     other = z.detach().clone().requires_grad_()
     output, (quantized, codes) = ours(z), theirs(other)
@@ -141,7 +147,12 @@ def test_levels_of_a_residual_round_on_finer_grids() -> None:
     torch.testing.assert_close(ours.codes_to_latents(output.codes), output.quantized, rtol=0, atol=1e-6)
     # of an odd number of levels the error is at most half of the last level's step, which is (1/2) (1/5)^2
     assert (compared - output.quantized)[:, 0].abs().max() < 0.5 * 0.5 / 25 + 2e-3
-    theirs = ResidualFSQ(dim=2, levels=list(levels), num_quantizers=depth)
+
+
+def test_the_scales_of_a_residual_are_vector_quantize_pytorchs(theirs_is: Any) -> None:
+    levels, depth = (5, 4), 3
+    ours = ResidualQuantizer([FSQQuantizer(levels, "tanh") for _ in range(depth)], depth, 0.0)
+    theirs = theirs_is.ResidualFSQ(dim=2, levels=list(levels), num_quantizers=depth)
     scales = torch.stack([ours.level(place)[1].flatten() if place else torch.ones(2) for place in range(depth)])
     torch.testing.assert_close(scales, theirs.scales.view(depth, 2).float())
 
@@ -149,10 +160,12 @@ def test_levels_of_a_residual_round_on_finer_grids() -> None:
 # ---- LFQ and BSQ
 
 
-def test_lfq_is_vector_quantize_pytorchs_in_codes_and_in_each_loss() -> None:
+def test_lfq_is_vector_quantize_pytorchs_in_codes_and_in_each_loss(theirs_is: Any) -> None:
     bits, temperature = 8, 0.7
     ours = LFQQuantizer(bits, 0.25, 0.1, 1.0, temperature, bits)
-    theirs = LFQ(codebook_size=2**bits, entropy_loss_weight=0.1, commitment_loss_weight=0.25, diversity_gamma=1.0)
+    theirs = theirs_is.LFQ(
+        codebook_size=2**bits, entropy_loss_weight=0.1, commitment_loss_weight=0.25, diversity_gamma=1.0
+    )
     z = latents(bits, 0.6)
     output = ours(z)
     (quantized, codes, _), parts = theirs(z, inv_temperature=1 / temperature, return_loss_breakdown=True)
