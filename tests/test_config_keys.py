@@ -137,9 +137,9 @@ def read_what_a_network_connection_would(folder: Path) -> None:
         with pytest.raises(FileNotFoundError):
             Metrics([metric], (100,), EvaluationConfig(), weights, torch.device("cpu"))
     few = EvaluationConfig(pfid_neighbours=2)
-    setting = Setting(few, Networks(weights, torch.device("cpu")), 16, torch.device("cpu"))
+    setting = Setting(few, Networks(weights, torch.device("cpu")), (16,), torch.device("cpu"))
     images, codes = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 4, dtype=torch.int64)
-    perturbed(Seen(setting, images, images, codes, torch.arange(1), tiny_tokenizer(tiny_quantizer("standard"))))
+    perturbed(Seen(setting, images, images, codes, torch.arange(1), tiny_tokenizer(tiny_quantizer("standard")), None))
     reference = EvaluationConfig(reference=str(folder / "none.npz"))
     config = Config(training={"max_steps": 1}, evaluation=reference)
     metrics = Metrics([], (2,), reference, weights, torch.device("cpu"))

@@ -25,9 +25,8 @@ PAGE = PACKAGE.parent / "docs" / "extending.md"
 FILES = dict(re.findall(r"^```python\n# vqgan_accel/(\S+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 LINES = {
     "config/quantizers/__init__.py": (
-        "QuantizerConfig = StandardQuantizerConfig |",
-        "from vqgan_accel.models.quantizers.signs import SignsConfig\n"
-        "QuantizerConfig = SignsConfig | StandardQuantizerConfig |",
+        "QuantizerConfig = (",
+        "from vqgan_accel.models.quantizers.signs import SignsConfig\nQuantizerConfig = (\n    SignsConfig |",
     ),
     "config/discriminators.py": (
         "DiscriminatorConfig = StyleGAN2Config",
@@ -166,7 +165,7 @@ def test_everything_else_knows_them_too(runs: dict[str, Path]) -> None:
         "layout ['quantizer.scale (1.0)']",
         "layout ['quantizer.dimensions (3)']",
         "unknown key 'quantizer.dimension'; did you mean 'quantizer.dimensions'?",
-        "'quantizer.type' is 'sign' but must be signs, standard, ema, entropy or gumbel",
+        "'quantizer.type' is 'sign' but must be signs, standard, ema, entropy, gumbel, ",
         "unknown key 'losses.anchors.wait'",
         "'data.backend' is 'gradient': input should be 'gradients',",
     ):

@@ -57,6 +57,8 @@ def seed_of_replacement(seed: int, step: int, patch: pytest.MonkeyPatch) -> int:
         networks=SimpleNamespace(tokenizer=tokenizer),
         usage=CodebookUsage((4,), torch.device("cpu")),
     )
+    for name, found in (("health", {}), ("warn_of_collapse", None)):
+        patch.setattr(upkeep, name, lambda *arguments, found=found: found)
     taken: Any = SimpleNamespace(latents=None)
     upkeep.look_after_codes(run, [taken])
     (found,) = seeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,9 @@ def known(name: str) -> tuple[str, str, str]:
     if name.startswith("validation/"):
         metric = name.removeprefix("validation/")
         return "Validation", metric.replace("_", " ") + (f", {UNITS[metric]}" if metric in UNITS else ""), ""
+    if (place := re.fullmatch(r"(\w+)_(\d+)", name)) and place[1] in KNOWN:  # of one of several codebooks
+        section, title, _ = KNOWN[place[1]]
+        return section, title, f"codebook {place[2]}"
     return KNOWN.get(name, ("Others", name.replace("_", " "), ""))
 
 
