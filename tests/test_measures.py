@@ -262,6 +262,14 @@ def test_codes_are_exchanged_for_near_ones_as_often_as_the_rate_says() -> None:
     assert torch.equal(perturbed_codes(codes, torch.arange(40), [vectors], 1.0, 1), codes)
 
 
+def test_codes_of_several_codebooks_are_exchanged_for_near_ones_of_their_own() -> None:
+    vectors = [torch.arange(50.0)[:, None], -2 * torch.arange(50.0).flip(0)[:, None]]
+    codes = torch.stack([torch.full((40, 16, 16), 20), torch.full((40, 16, 16), 3)], 1)
+    changed = perturbed_codes(codes, torch.arange(40), vectors, rate=0.5, neighbours=3)
+    assert changed.shape == codes.shape
+    assert [set(place.unique().tolist()) for place in changed.unbind(1)] == [{19, 20, 21}, {2, 3, 4}]
+
+
 def test_an_images_exchanges_depend_on_its_position_alone() -> None:
     vectors = torch.randn(30, 4, generator=generator(0))
     codes = torch.randint(0, 30, (6, 5, 5), generator=generator(1))

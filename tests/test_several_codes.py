@@ -13,7 +13,7 @@ import torch
 from helpers import relative_error
 from PIL import Image
 from runs import metrics
-from tiny import tiny_config
+from tiny import tiny_config, write_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from vqgan_accel.config import parse_config
 from vqgan_accel.describe import describe, description_lines
 from vqgan_accel.evaluation.codebook import TABLE, codebook
 from vqgan_accel.evaluation.measures.codes import usage_metrics
+from vqgan_accel.evaluation.probe import probe
 from vqgan_accel.interop.diffusers import export_diffusers
 from vqgan_accel.models.quantizers import EMAQuantizer, ProductQuantizer, ResidualQuantizer, StandardQuantizer
 from vqgan_accel.models.quantizers.base import count_all_codes
@@ -237,6 +238,11 @@ def test_evaluation_tokens_pictures_and_export_know_several_codes(run: Path, tmp
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).permute(0, 3, 1, 2)
     assert torch.equal(tokenizer.encode(pixels / 127.5 - 1), codes)
     assert codes.max() < 16 and len({tuple(place.flatten().tolist()) for place in codes.unbind(1)}) == 3
+    write_images(run.parent / "images" / "many", 21)
+    many = ["data.validation_split=many", "evaluation.metrics=[psnr]"]
+    tokenize(run, output=tmp_path / "many", overrides=many)
+    probed = probe(run, tokens=tmp_path / "many", output=tmp_path / "probe", steps=2, samples=2, overrides=many)
+    assert probed["bits_per_pixel"] == pytest.approx(3 * probed["bits_per_token"] / 16)
     lines = codebook(run, output=tmp_path / "codebook")
     for place in (1, 2, 3):
         uses = [

@@ -85,7 +85,8 @@ def summary(run: Run) -> str:
         parts[0] += f" in {duration(run.seconds)}"
     if run.config:
         codes = run.config.quantizer
-        parts += [f"{run.config.data.image_size} px", f"{codes.num_codes:,} codes ({codes.type})"]
+        several = f"{places} x " if (places := len(codes.codebook_sizes)) > 1 else ""
+        parts += [f"{run.config.data.image_size} px", f"{several}{codes.num_codes:,} codes ({codes.type})"]
         parts += ["with a discriminator" if run.config.discriminator else "without a discriminator"]
         parts += [f"images of {run.config.data.path}"]
     return "; ".join(parts)
