@@ -3,7 +3,7 @@
 #   bash launch/test.sh [pytest arguments]        VENV=FOLDER says where the environment goes (default .venv-test)
 # With another constraints file than requirements.txt the tests alone, for lint and types are those of the newest
 # versions. The fast part with the lowest versions:
-#   CONSTRAINTS=constraints-lowest.txt PYTHON=python3.10 VENV=.venv-lowest bash launch/test.sh -m "not slow" -n 2
+#   CONSTRAINTS=constraints-lowest.txt PYTHON=python3.10 VENV=.venv-lowest bash launch/test.sh -m "not slow"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-test}
@@ -15,4 +15,5 @@ else
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
 fi
-"$venv/bin/python" -m pytest "$@"
+# Two at a time, a file's tests on one of them: some share runs that take minutes.
+"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
