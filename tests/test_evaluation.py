@@ -34,14 +34,24 @@ from vqgan_accel.data.views import Batch, to_float
 from vqgan_accel.evaluation.evaluate import Evaluation, evaluate, evaluate_tokenizer
 from vqgan_accel.evaluation.figures import codebook_histogram
 from vqgan_accel.evaluation.metrics import Metrics
-from vqgan_accel.models.tokenizer import ImageTokenizer
+from vqgan_accel.models.tokenizer import ImageTokenizer, load_tokenizer
 from vqgan_accel.models.weights import state_hash
 from vqgan_accel.training.loop import train
 
 REPOSITORY = Path(__file__).parent.parent
 STANDARD = StandardQuantizerConfig(type="standard", num_codes=16, embedding_dim=8)
 METRICS: tuple[Metric, ...] = ("l2", "psnr", "ssim", "codebook")
-RESULTS = ["l2", "psnr", "psnr_per_image", "ssim", "perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"]
+RESULTS = [
+    "l2",
+    "psnr",
+    "psnr_per_image",
+    "ssim",
+    "perplexity",
+    "codebook_usage",
+    "bits_per_token",
+    "bits_per_pixel",
+    "quantization_error",
+]
 CPU = torch.device("cpu")
 # SSIM is a mean of values up to 1 that cancel: here -0.0097, of which older torch moves 4e-8 with the batch size
 SSIM = 1e-7
@@ -123,6 +133,11 @@ def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
     mse = ((x - y) ** 2).mean((1, 2, 3))
     counts = np.bincount(codes.numpy().ravel(), minlength=16)
     p = counts[counts > 0] / counts.sum()
+    tokenizer = load_tokenizer(saved)
+    with torch.no_grad():
+        z = tokenizer.latents(pixels / 127.5 - 1).double()
+    e = tokenizer.quantizer.codebook.detach().double()[codes].movedim(-1, 1)
+    error = float((z - e).square().sum() / z.square().sum())
     ssim = []
     for images in zip(x, y, strict=True):
         padded = [np.pad(image, ((0, 0), (5, 5), (5, 5)), mode="reflect") for image in images]
@@ -137,6 +152,7 @@ def test_a_saved_tokenizer_without_a_run_is_measured_on_the_data_that_is_named(
         "codebook_usage": 100 * len(p) / 16,
         "bits_per_token": -(p * np.log2(p)).sum(),
         "bits_per_pixel": -(p * np.log2(p)).sum() * codes[0].numel() / SIZE**2,
+        "quantization_error": error,
     }
     assert list(report["results"]) == RESULTS == list(expected)
     for name, value in expected.items():

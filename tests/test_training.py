@@ -501,7 +501,7 @@ BEST_STEP = {  # of values nan, 2, 3, 1, 3, 1 after the steps 1 to 6
     **dict.fromkeys(("mobilenet_distance", "efficientnet_distance"), 4),
     **dict.fromkeys(("rfid", "fd_mobilenet", "fd_efficientnet", "fd_dinov2", "pfid", "kid"), 4),
     **dict.fromkeys(("rfid_std", "fd_mobilenet_std", "fd_efficientnet_std", "fd_dinov2_std", "pfid_std"), 4),
-    **dict.fromkeys(("kid_std", "inception_score_std"), 4),
+    **dict.fromkeys(("kid_std", "inception_score_std", "quantization_error"), 4),
     **dict.fromkeys(("psnr", "psnr_per_image", "ssim", "ms_ssim", "inception_score", "precision", "recall"), 3),
     **dict.fromkeys(("perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"), 3),
 }

@@ -126,7 +126,7 @@ def evaluate(
     runs/first/checkpoints/... on 3 images
     ...
     >>> sorted(report["results"])
-    ['bits_per_pixel', 'bits_per_token', 'codebook_usage', 'perplexity', 'psnr', 'psnr_per_image']
+    ['bits_per_pixel', 'bits_per_token', 'codebook_usage', 'perplexity', 'psnr', 'psnr_per_image', 'quantization_error']
     """
     opened = open_tokenizer(model)
     tokenizer, config = opened.tokenizer, opened.config(overrides, data)
