@@ -403,7 +403,8 @@ def whole(folder: Path, kind: str) -> Config:
     return tiny_config(
         folder,
         data={"path": str(folder.parent / "images"), "image_size": 32},
-        quantizer={"type": kind, **having(kind, **reinit)},
+        # (At 8 numbers simvq's lambda differs by 0.8 % in a step in which all losses agree to 1e-4.)
+        quantizer={"type": kind, **having(kind, **reinit), **({"embedding_dim": 32} if kind == "simvq" else {})},
         discriminator=GAME | {"start": "1 steps"},
         losses={"perceptual_weight": 1.0, "perceptual_network": "lpips_squeeze"},
         training=EVERYTHING["training"] | training | {"validate_every": "2 steps", "checkpoint_every": "2 steps"},
@@ -470,8 +471,9 @@ def test_a_run_and_all_that_is_made_of_it_are_those_of_a_cpu(kind: str, there: T
     for name in ("evaluation/reconstructions.png", "pictures/000.png"):
         pixels = [np.asarray(Image.open(folder / name), dtype=int) for folder in (mine, other)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
-    uses = [[line.split(",")[1] for line in (folder / "codebook" / TABLE).open()] for folder in (mine, other)]
-    assert uses[0] == uses[1] and len(uses[0]) > 16
+    tables = [sorted((folder / "codebook").rglob(TABLE)) for folder in (mine, other)]  # one for each codebook
+    uses = [[line.split(",")[1] for file in files for line in file.open()] for files in tables]
+    assert uses[0] == uses[1] and len(uses[0]) > 12
 
 
 def assert_close_tensors(one: Path, other: Path) -> None:

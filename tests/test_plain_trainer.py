@@ -266,7 +266,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gumbel", {"seed": 1}),
     ("simvq", {"quantizer": {"commitment_cost": 0.45}}),
     ("simvq", {"quantizer": {"gradient": "rotation"}}),
-    ("ibq", {"quantizer": {"codebook_cost": 0.45}}),
+    ("ibq", {"quantizer": {"codebook_cost": 5.0}}),
     ("ibq", {"quantizer": {"entropy_ratio": 0.45}}),
     ("ibq", {"quantizer": {"entropy_temperature": 0.55}}),
     ("standard, reinit of rare codes in steps", {"quantizer": {"reinit_below": 0.0}}),

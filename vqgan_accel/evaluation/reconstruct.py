@@ -190,7 +190,8 @@ def fade(part: slice, length: int) -> Tensor:
 
 def figures_of(metrics: Metrics, image: Tensor, reconstruction: Tensor) -> dict[str, float]:
     metrics.reset()
-    no_codes = torch.empty(0, dtype=torch.int64, device=image.device)  # their use is not asked for
+    places = len(metrics.setting.codebook_sizes)
+    no_codes = torch.empty(1, places, 0, dtype=torch.int64, device=image.device)  # their use is not asked for
     metrics.update(image, reconstruction, no_codes, torch.zeros(1, dtype=torch.int64))
     return metrics.compute()
 
