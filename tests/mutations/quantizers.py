@@ -148,7 +148,7 @@ QUANTIZERS = [
     # ---- health
     Mutant(
         "evaluation/measures/codes.py",
-        "math.prod(perplexities) ** (1 / len(parts))",
+        "math.prod(value ** (1 / len(parts)) for value in perplexities)",
         "math.prod(perplexities)",
         "perplexities of codebooks are multiplied",
     ),

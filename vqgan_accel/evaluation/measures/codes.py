@@ -31,7 +31,7 @@ def usage_metrics(counts: Tensor, sizes: Sequence[int]) -> dict[str, float]:
     parts = counts.split(tuple(sizes))
     perplexities = [perplexity(part) for part in parts]
     together = {
-        "perplexity": math.prod(perplexities) ** (1 / len(parts)),
+        "perplexity": math.prod(value ** (1 / len(parts)) for value in perplexities),
         "codebook_usage": codebook_usage(counts),
     }
     if len(parts) == 1:
