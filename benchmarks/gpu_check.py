@@ -472,6 +472,7 @@ def recipe(place: Place, *overrides: str) -> AbstractContextManager[Any]:
 
     small = "data.image_size=32 autoencoder.channels=32 autoencoder.channel_multipliers=[1,1] quantizer.num_codes=64"
     small += " quantizer.embedding_dim=32 discriminator.channel_base=256 data.workers=1"
+    small += f" losses.perceptual_network=lpips_squeeze weights.squeezenet={place.shared / 'squeezenet.pth'}"
     never = "1000000 steps"
     settings = [
         f"output_dir={place.folder / 'run'}",

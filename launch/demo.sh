@@ -1,9 +1,9 @@
 #!/bin/bash
 # Train and evaluate a small VQ-GAN on real photographs, on a CPU in a few minutes.
-#   bash launch/demo.sh [key=value ...]        overrides of configs/demo.yaml
+#   bash launch/demo.sh [key=value ...]     overrides of configs/demo.yaml; VENV=FOLDER says where the environment goes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=.venv-demo
+venv=${VENV:-.venv-demo}
 bash launch/setup.sh "$venv" demo
 photographs=demo_photographs
 [ -d "$photographs" ] || "$venv/bin/python" launch/demo_photographs.py "$photographs"

@@ -15,5 +15,5 @@ else
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
 fi
-# Two at a time, a file's tests on one of them: some share runs that take minutes.
-"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# Two at a time, a file's tests on one of them, for some share runs that take minutes; in conftest.py's order.
+"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

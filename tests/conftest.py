@@ -7,6 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+# The files that take minutes begin first: where two share the work, none of them is left to the last alone.
+LONG = {f"test_{name}.py" for name in ("world_size", "faults", "device", "gpu_check", "training", "launch")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -18,6 +21,13 @@ TAMING = {"type": "taming", "channels": 32, "channel_multipliers": [1, 2, 2], "n
 # On networks this small threads gain nothing, and where other jobs hold a core each operation waits for its threads:
 # the same test took 0.2 s with one thread and 21 s with two.
 torch.set_num_threads(1)
+
+
+def mostly_slow(cases: Collection[Any], *fast: Any) -> list[Any]:
+    """Parameters of a test that takes seconds for each: all but `fast` are slow, and still run by tests/mutations."""
+    assert set(fast) <= set(cases)
+    marks = [pytest.mark.slow, pytest.mark.mutations]
+    return [case if case in fast else pytest.param(case, marks=marks) for case in cases]
 
 
 def reset_accelerate() -> None:
@@ -70,6 +80,7 @@ def tiny_tokenizer(quantizer: QuantizerConfig, image_size: int = 16, **autoencod
 @torch.no_grad()
 def spread_codebook(quantizer: nn.Module) -> None:
     """Codes of unit scale in place of U(-1/K, 1/K)."""
+    generator = torch.Generator().manual_seed(1)
     for name, tensor in [*quantizer.named_parameters(), *quantizer.named_buffers()]:
-        if name in ("codebook", "sums"):
-            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+        if name.rpartition(".")[2] in ("codebook", "sums"):  # its own, or one of several quantizers'
+            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator))

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import GOLDEN, mostly_slow
 from runs import metrics
 from start import config_with_start, smooth_leaky_relu
 from tiny import DISCRIMINATOR, merged
@@ -68,7 +68,7 @@ def curve(recipe: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str
     return metrics(train(config_with_start(folder, merged(BASE, RECIPES[recipe]))))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", mostly_slow(RECIPES, "standard"))
 def test_thirty_steps_have_the_losses_that_are_kept(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_are_forked_whatever_pythons_default_and_end_with_their_process(paths, number):
     command = [sys.executable, "-c", ORPHANS, str(Path(__file__).parent), str(paths[0])]

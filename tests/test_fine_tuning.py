@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GOLDEN, TAMING
+from helpers import GOLDEN, TAMING, mostly_slow
 from runs import metrics, tensors
 from safetensors.torch import load_file
 from tiny import DISCRIMINATOR, QUANTIZERS, tiny_config, write_splits
@@ -81,7 +81,7 @@ def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(
 
 
 @pytest.mark.parametrize("architecture", ["maskgit", "taming"])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", mostly_slow(QUANTIZERS, "standard"))
 def test_decoder_only_changes_the_decoder_and_no_code(quantizer: str, architecture: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"quantizer": {"type": quantizer}, "discriminator": ADVERSARIAL}
     if architecture == "taming":

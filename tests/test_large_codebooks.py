@@ -108,6 +108,8 @@ def test_no_code_of_simvq_can_be_given_a_vector() -> None:
         tiny_quantizer("simvq", reinit_every="1 epoch")
 
 
+@pytest.mark.slow
+@pytest.mark.mutations
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_simvq_learns_to_use_its_codes_and_the_gradient_to_its_latents_stays_bounded(gradient: Gradient) -> None:
     """What is said to explode with the rotation (vector-quantize-pytorch's issue 177) is |q| / |z|: the gradient is

@@ -159,6 +159,8 @@ def test_a_distance_of_fewer_images_than_ten_times_its_features_is_told(small: N
 # ---- of samples
 
 
+@pytest.mark.slow
+@pytest.mark.mutations
 def test_kid_is_torch_fidelitys() -> None:
     x, y = features(1200, 12), features(1100, 12, seed=1) * 1.2
     theirs = fidelity_kid.kid_features_to_metric(x, y, verbose=False)

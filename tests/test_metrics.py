@@ -353,6 +353,8 @@ def test_the_frechet_features_are_torchvisions_mobilenet_v2_before_its_classifie
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.mutations
 def test_with_imagenet_weights_fd_mobilenet_is_zero_of_equal_sets_and_grows_with_the_blur(
     imagenet_mobilenet: Path,
 ) -> None:

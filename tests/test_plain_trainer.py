@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TAMING
+from helpers import TAMING, mostly_slow
 from plain_trainer import PlainTrainer
 from runs import metrics, tensors
 from start import config_with_start, smooth_leaky_relu
@@ -154,12 +154,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+FAST = ("standard", "entropy", "gumbel", "simvq", "ibq", "fsq", "lfq", "bsq", "game", "everything")
+FAST += ("residual, reinit from latents", "product of unit vectors, reinit from used codes")
+
+
 @pytest.fixture(autouse=True)
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stylegan2, "leaky_relu", smooth_leaky_relu)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, *FAST))
 def test_twelve_steps_are_those_of_the_plain_trainer(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

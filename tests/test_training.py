@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from helpers import mostly_slow
 from runs import assert_same_bits, held_by_another, metrics, tensors
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -511,7 +512,7 @@ def test_every_metric_has_a_direction_here():
     assert BEST_STEP.keys() == {result for results in METRIC_RESULTS.values() for result in results}
 
 
-@pytest.mark.parametrize("metric", BEST_STEP)
+@pytest.mark.parametrize("metric", mostly_slow(BEST_STEP, "l2", "psnr"))
 def test_best_leads_to_the_best_validation_of_each_metric_and_of_equals_to_the_first(metric, tmp_path, monkeypatch):
     values = iter([float("nan"), 2.0, 3.0, 1.0, 3.0, 1.0])
     create = Metrics.__init__
@@ -527,6 +528,8 @@ def test_best_leads_to_the_best_validation_of_each_metric_and_of_equals_to_the_f
     assert [path.name for path in checkpoints(run)] == [f"step_{step:08}" for step in (BEST_STEP[metric], 6)]
 
 
+@pytest.mark.slow
+@pytest.mark.mutations
 def test_sixty_steps_on_four_images_learn_them(tmp_path):
     """Noise, so that nothing is learnt but these images: uniform grey would give 10.8 dB."""
     for split in ("train", "validation"):

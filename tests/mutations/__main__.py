@@ -2,11 +2,11 @@
 
     python tests/mutations [--only TEXT] [--skip N] [--new] [--jobs 1] [--table docs/mutations.md]
 
-For each entry of the lists beside this file the line is changed in a clone of the last commit, and the fast tests that
-are named for its file run there until one fails; they have first to pass as nothing is changed. A mutant that lives is
-printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is there twice, is an
-error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people. In the table the
-rows of mutants that were not asked for stay as they are, and the test that a row names is tried first.
+For each entry of the lists beside this file the line is changed in a clone of the last commit, and the tests that are
+named for its file, but for those of minutes, run there until one fails; they have first to pass as nothing is changed.
+A mutant that lives is printed as SURVIVED, and the exit status is 1. An entry whose line is not there any more, or is
+there twice, is an error: put it right with the code. It takes about five seconds a mutant; nothing runs it but people.
+In the table the rows of mutants that were not asked for stay as they are, and the test that a row names is tried first.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def first_failure(said: str) -> str | None:
 
 
 def pytest_says(tests: list[str], clone: Path) -> tuple[int, str]:
-    """Its exit status and all of its words, up to the first failure of a test that is not slow."""
-    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    """Its exit status and all of its words, up to the first failure of a test that takes seconds at most."""
+    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow or mutations"]
     arguments += [f"tests/{name}" for name in tests]
     with tempfile.NamedTemporaryFile("r+") as output:
         child = multiprocessing.get_context("fork").Process(target=run_pytest, args=(arguments, clone, output.fileno()))
