@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import QUANTIZER_SECTIONS
+
+from vqgan_accel.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from gpu_check import Check, Runner  # noqa: E402
+from gpu_check import QUANTIZERS, Check, Place, Runner, tiny_config  # noqa: E402
 
 
 @pytest.mark.slow
@@ -37,6 +40,13 @@ def test_every_check_completes_on_a_cpu(checks, tmp_path):
         assert rows["in DDP beside without"] == "equal bit for bit"
         assert rows["codes unlike the CPU's, IEEE"].startswith("0 of ")
     assert (tmp_path / "gpu_check.md").read_text() in result.stdout
+
+
+def test_every_quantizer_is_checked(tmp_path):
+    place = Place("tiny", tmp_path, tmp_path, cuda=False)
+    assert QUANTIZERS.keys() == QUANTIZER_SECTIONS.keys()
+    for kind in QUANTIZERS:
+        assert load_config(tiny_config(place, kind), [f"output_dir={tmp_path}"]).quantizer.type == kind
 
 
 def test_a_check_that_fails_or_hangs_leaves_the_others_their_results(tmp_path):
