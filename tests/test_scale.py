@@ -51,9 +51,9 @@ def test_a_worker_that_collects_garbage_goes_on_sharing_its_parents_objects() ->
 
 @pytest.mark.slow
 def test_every_part_says_its_numbers(tmp_path: Path) -> None:
-    """Of 500 images, which are no burden."""
+    """Of 1,000 images, which are no burden: three batches."""
     parts = [part for part in scale.PARTS if part != "steps"]  # which takes minutes
-    command = [sys.executable, scale.__file__, "--images", "500", "--workers", "1", "--parts", *parts]
+    command = [sys.executable, scale.__file__, "--images", "1000", "--workers", "1", "--parts", *parts]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()[2:]
