@@ -26,8 +26,12 @@ torch.set_num_threads(1)
 def mostly_slow(cases: Collection[Any], *fast: Any) -> list[Any]:
     """Parameters of a test that takes seconds for each: all but `fast` are slow, and still run by tests/mutations."""
     assert set(fast) <= set(cases)
-    marks = [pytest.mark.slow, pytest.mark.mutations]
-    return [case if case in fast else pytest.param(case, marks=marks) for case in cases]
+
+    def slow(case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.mutations])
+
+    return [case if case in fast else slow(case) for case in cases]
 
 
 def reset_accelerate() -> None:

@@ -21,7 +21,7 @@ from gpu_check import QUANTIZERS, Check, Place, Runner, tiny_config  # noqa: E40
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checks", ["a,b train ema d,e,f,g", "c,d,h"])
+@pytest.mark.parametrize("checks", ["a,b train ema d,e,f,g", "c,d,h distributed"])
 def test_every_check_completes_on_a_cpu(checks, tmp_path):
     result = subprocess.run(
         ["bash", REPOSITORY / "launch/gpu_check.sh", "--device", "cpu", "--only", checks, "--output", tmp_path],

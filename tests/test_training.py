@@ -17,15 +17,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from helpers import mostly_slow
 from runs import assert_same_bits, held_by_another, metrics, tensors
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import DISCRIMINATOR, SIZE, merged, tiny_config, write_images
+from tiny import DISCRIMINATOR, merged, tiny_config, write_images
 
 from vqgan_accel.cli import main
 from vqgan_accel.config import METRIC_RESULTS, Config, load_config, save_config
-from vqgan_accel.config.metrics import METRICS
+from vqgan_accel.config.metrics import is_better
 from vqgan_accel.evaluation.metrics import Metrics
 from vqgan_accel.interruption import EXIT_INTERRUPTED, StopRequest
 from vqgan_accel.losses.reconstruction import ReconstructionLoss
@@ -497,35 +496,34 @@ def test_the_average_is_the_closed_form_of_the_weights_it_saw(tmp_path):
     assert min((a[name] - b[name]).abs().max() for a, b in ((w1, w2), (w2, w3), (w1, w3))) > 1e-3
 
 
-BEST_STEP = {  # of values nan, 2, 3, 1, 3, 1 after the steps 1 to 6
-    **dict.fromkeys(("l2", "lpips", "lpips_vgg", "lpips_alex", "lpips_squeeze"), 4),  # lower is better
-    **dict.fromkeys(("mobilenet_distance", "efficientnet_distance"), 4),
-    **dict.fromkeys(("rfid", "fd_mobilenet", "fd_efficientnet", "fd_dinov2", "pfid", "kid"), 4),
-    **dict.fromkeys(("rfid_std", "fd_mobilenet_std", "fd_efficientnet_std", "fd_dinov2_std", "pfid_std"), 4),
-    **dict.fromkeys(("kid_std", "inception_score_std", "quantization_error"), 4),
-    **dict.fromkeys(("psnr", "psnr_per_image", "ssim", "ms_ssim", "inception_score", "precision", "recall"), 3),
-    **dict.fromkeys(("perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"), 3),
-}
+LOWER = {"l2", "lpips", "lpips_vgg", "lpips_alex", "lpips_squeeze", "mobilenet_distance", "efficientnet_distance"}
+LOWER |= {"rfid", "fd_mobilenet", "fd_efficientnet", "fd_dinov2", "pfid", "kid"}
+LOWER |= {"rfid_std", "fd_mobilenet_std", "fd_efficientnet_std", "fd_dinov2_std", "pfid_std"}
+LOWER |= {"kid_std", "inception_score_std", "quantization_error"}
+HIGHER = {"psnr", "psnr_per_image", "ssim", "ms_ssim", "inception_score", "precision", "recall"}
+HIGHER |= {"perplexity", "codebook_usage", "bits_per_token", "bits_per_pixel"}
 
 
 def test_every_metric_has_a_direction_here():
-    assert BEST_STEP.keys() == {result for results in METRIC_RESULTS.values() for result in results}
+    assert sorted([*LOWER, *HIGHER]) == sorted({result for results in METRIC_RESULTS.values() for result in results})
 
 
-@pytest.mark.parametrize("metric", mostly_slow(BEST_STEP, "l2", "psnr"))
-def test_best_leads_to_the_best_validation_of_each_metric_and_of_equals_to_the_first(metric, tmp_path, monkeypatch):
+@pytest.mark.parametrize("metric", sorted(LOWER | HIGHER))
+def test_of_each_metric_the_better_value_is_the_lower_or_the_higher_one(metric):
+    assert is_better(metric, 1.0, 2.0) == (metric in LOWER)
+    assert is_better(metric, 2.0, 1.0) == (metric in HIGHER)
+    assert not is_better(metric, 1.0, 1.0) and not is_better(metric, float("nan"), 1.0)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("l2", 4), ("psnr", 3)])
+def test_best_leads_to_the_best_validation_and_of_equals_to_the_first(metric, best, tmp_path, monkeypatch):
     values = iter([float("nan"), 2.0, 3.0, 1.0, 3.0, 1.0])
-    create = Metrics.__init__
-    monkeypatch.setattr(Metrics, "__init__", lambda self, _, *others: create(self, ["l2"], *others))  # no networks
     monkeypatch.setattr(Metrics, "compute", lambda self: {metric: next(values)})
-    measured = [name for name, results in METRIC_RESULTS.items() if metric in results]
-    training = {"validation_metrics": measured, "best_metric": metric, "validate_every": "1 step", "max_steps": 6}
+    training = {"validation_metrics": [metric], "best_metric": metric, "validate_every": "1 step", "max_steps": 6}
     training |= {"checkpoint_every": "1 step", "keep_checkpoints": 1}
-    smallest = max(METRICS[name].smallest for name in measured)
-    data = {"image_size": 176 if smallest > SIZE else SIZE}
-    run = train(tiny_config(tmp_path, training=training, data=data))
-    assert (run / "checkpoints" / "best").resolve().name == f"step_{BEST_STEP[metric]:08}"
-    assert [path.name for path in checkpoints(run)] == [f"step_{step:08}" for step in (BEST_STEP[metric], 6)]
+    run = train(tiny_config(tmp_path, training=training))
+    assert (run / "checkpoints" / "best").resolve().name == f"step_{best:08}"
+    assert [path.name for path in checkpoints(run)] == [f"step_{step:08}" for step in (best, 6)]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from runs import metrics, tensors
 from safetensors.torch import load_file
 from tiny import QUANTIZERS, having
 from torch import Tensor
-from world_size import CASES, CHANGED_AT, CHANGES, START, STEPS, Case
+from world_size import ADAMW_TOO, CASES, CHANGED_AT, CHANGES, START, STEPS, Case
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ ADAPTIVE_PAIRS += [
 # lambda and the mean code distribution are formed per round, so (1, 1) and (1, 2) agree where neither is there
 ROUNDS_PAIRS = [(Case(q, "fixed", "sgd", 1, 1), Case(q, "fixed", "sgd", 1, 2)) for q in ("standard", "ema", "gumbel")]
 REPLACING_PAIRS = [pair for pair in ADAPTIVE_PAIRS if having(pair[0].quantizer, reinit_every=None)]
-ADAM_PAIRS = [(Case(q, "adaptive", "adamw", 1, 1), Case(q, "adaptive", "adamw", 2, 1)) for q in QUANTIZERS]
+ADAM_PAIRS = [(Case(q, "adaptive", "adamw", 1, 1), Case(q, "adaptive", "adamw", 2, 1)) for q in ADAMW_TOO]
 MANY = [case for case in CASES if case.processes > 1]
 
 
