@@ -440,15 +440,19 @@ def run_whole(folder: Path, kind: str) -> None:
     reset_accelerate()
 
 
+RESUMED = ("ema", "gumbel", "residual")  # buffers, noise, both: what a device could lose of a quantizer
+
+
 def run_whole_there(folder: Path, kind: str) -> None:
-    """The same, and a run beside it, `broken`, that is interrupted and resumed."""
+    """The same; of some quantizers a run beside it, `broken`, that is interrupted and resumed."""
     broken = folder.with_name("broken")
     with on_device(), random_perceptual():
         run_whole(folder, kind)
-        with pytest.raises(TrainingInterruptedError):
-            train_until(whole(broken, kind), 3)
-        reset_accelerate()
-        loop.train(whole(broken, kind), resume=True)
+        if kind in RESUMED:
+            with pytest.raises(TrainingInterruptedError):
+                train_until(whole(broken, kind), 3)
+            reset_accelerate()
+            loop.train(whole(broken, kind), resume=True)
     reset_accelerate()
 
 
@@ -464,7 +468,8 @@ def test_a_run_and_all_that_is_made_of_it_are_those_of_a_cpu(kind: str, there: T
         assert another == pytest.approx(one, rel=ROUNDING, abs=1e-4), one["step"]
     newest = Path("run", "checkpoints", "latest")
     assert_close_tensors(mine / newest, other / newest)
-    assert_same_bits(other / newest, other.with_name("broken") / newest)
+    if kind in RESUMED:
+        assert_same_bits(other / newest, other.with_name("broken") / newest)
     for file in sorted((mine / "tokens" / "data").iterdir()):
         assert file.read_bytes() == (other / "tokens" / "data" / file.name).read_bytes()
     results = [json.loads((folder / "evaluation" / "metrics.json").read_text())["results"] for folder in (mine, other)]

@@ -30,8 +30,7 @@ ADAPTIVE_PAIRS = [(Case(q, "adaptive", "sgd", 1, 2), Case(q, "adaptive", "sgd", 
 ADAPTIVE_PAIRS += [(Case("ema", "adaptive", "sgd", 1, 2, "taming"), Case("ema", "adaptive", "sgd", 2, 2, "taming"))]
 ADAPTIVE_PAIRS += [
     (Case(q, "adaptive", "sgd", 1, 1, "maskgit", 16), Case(q, "adaptive", "sgd", processes, 1, "maskgit", 16))
-    for q in ("ema", "entropy")
-    for processes in (4, 8)
+    for q, processes in (("ema", 4), ("ema", 8), ("entropy", 4))
 ]
 # lambda and the mean code distribution are formed per round, so (1, 1) and (1, 2) agree where neither is there
 ROUNDS_PAIRS = [(Case(q, "fixed", "sgd", 1, 1), Case(q, "fixed", "sgd", 1, 2)) for q in ("standard", "ema", "gumbel")]
