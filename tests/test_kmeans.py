@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vqgan_accel.models.quantizers import CodebookQuantizer, StandardQuantizer
 from vqgan_accel.models.quantizers.base import initial_codebook
+from vqgan_accel.randomness import CODE_INIT, position_seed
 from vqgan_accel.training import codebook, upkeep
 from vqgan_accel.training.codebook import KMEANS_STEPS, draw_latents, initialise_by_kmeans, lloyd_step
 from vqgan_accel.training.loop import train
@@ -149,18 +150,19 @@ KMEANS = {"type": "ema", "num_codes": 8, "init": "kmeans"}
 def test_a_run_begins_with_the_centres_of_its_first_batch_in_all_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[tuple[int, int]] = []
+    given: list[tuple[int, int, int]] = []
 
     def watched(quantizer: Any, latents: list[Tensor], seed: int) -> None:
         initialise_by_kmeans(quantizer, latents, seed)
-        given.append((len(latents), sum(len(part) for part in latents)))
+        given.append((len(latents), sum(len(part) for part in latents), seed))
         vectors = quantizer.codebook_vectors()
         distances = torch.cat([torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, 8), vectors) for z in latents])
         assert len(distances.argmin(1).unique()) == 8
 
     monkeypatch.setattr(upkeep, "initialise_by_kmeans", watched)
-    train(tiny_config(tmp_path, quantizer=KMEANS, training={"gradient_accumulation_steps": 2, "max_steps": 3}))
-    assert given == [(2, 4)]  # once, before the first step
+    training = {"gradient_accumulation_steps": 2, "max_steps": 3}
+    train(tiny_config(tmp_path, seed=7, quantizer=KMEANS, training=training))
+    assert given == [(2, 4, position_seed(CODE_INIT, 7))]  # once, before the first step
 
 
 def test_a_resumed_run_with_kmeans_is_the_uninterrupted_one(tmp_path: Path) -> None:
