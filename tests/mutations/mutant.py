@@ -74,7 +74,7 @@ TESTS = {
     "losses/*": ("test_losses.py", "test_plain_trainer.py"),
     **{f"models/quantizers/{name}.py": ("test_lookup_free.py", "test_quantizers.py") for name in ("fsq", "lfq", "bsq")},
     **{
-        f"models/quantizers/{name}.py": ("test_several_codes.py", "test_plain_trainer.py")
+        f"models/quantizers/{name}.py": ("test_several_codes.py", "test_lookup_free.py", "test_plain_trainer.py")
         for name in ("residual", "product", "several")
     },
     "evaluation/measures/codes.py": ("test_several_codes.py", "test_upkeep.py", "test_metrics.py"),
