@@ -106,6 +106,13 @@ def test_codes_are_counted_over_all_batches_until_the_reset() -> None:
         assert results["codebook_usage"] == pytest.approx(100 * np.count_nonzero(expected) / NUM_CODES, rel=1e-12)
 
 
+def test_of_two_processes_with_the_same_images_everything_is_twice_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(7, 3, 16, 16)
+    alone = measure(build("codebook"), images, images)
+    monkeypatch.setattr("vqgan_accel.evaluation.measures.codes.sum_over_processes", lambda values: values + values)
+    assert measure(build("codebook"), images, images) == alone  # codes, pixels and errors: each is a quotient
+
+
 def test_codes_are_counted_even_where_no_metric_asks_for_them() -> None:
     metrics = build("l2")
     assert measure(metrics, torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)).keys() == {"l2"}

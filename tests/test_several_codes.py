@@ -161,6 +161,17 @@ def test_a_product_is_its_groups_side_by_side() -> None:
 # ---- uses
 
 
+@pytest.mark.parametrize("make", [ResidualQuantizer, ProductQuantizer])
+def test_a_discarded_update_leaves_every_codebook_as_it_was(make: Any) -> None:
+    layers = [layer(seed, kind="ema") for seed in range(2)]
+    quantizer = make(layers) if make is ProductQuantizer else make(layers, 2, 0.0)
+    before = {name: tensor.clone() for name, tensor in quantizer.named_buffers()}
+    quantizer(latents(quantizer.input_channels))
+    assert all(part.new_counts.sum() == 5 * 8 for part in layers)
+    quantizer.discard_update()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.named_buffers())
+
+
 def test_uses_are_counted_and_summed_up_by_codebook() -> None:
     codes = torch.tensor([[[[0, 0]], [[1, 3]]], [[[0, 0]], [[3, 3]]]])  # (2, 2, 1, 2)
     counts = count_all_codes(codes, (2, 4))
