@@ -62,7 +62,7 @@ def test_of_a_deterministic_chain_it_is_what_the_first_code_costs() -> None:
     assert losses[0] == pytest.approx(3, abs=0.05) and losses[1:].max() < 0.03
     drawn = draw(model, 100, 5, seed=0)
     follows = drawn[:, 1:] == (5 * drawn[:, :-1] + 3) % 8
-    assert follows.float().mean() > 0.97 and len(drawn[:, 0].unique()) > 6
+    assert follows.float().mean() > 0.98 and len(drawn[:, 0].unique()) > 6
 
 
 def test_the_same_seed_gives_the_same_model_and_another_one_does_not() -> None:
