@@ -45,8 +45,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfq": {"entropy_temperature": 2.0, "entropy_group": 3},
     "ibq": {"entropy_temperature": 1.0},  # (at 0.01 rounding grows a hundredfold in a step)
 }
-
-
 ADAMW_TOO = ("standard", "ema", "gumbel", "simvq", "ibq")  # those that learn in ways of their own
 
 
