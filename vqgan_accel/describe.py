@@ -4,15 +4,15 @@ device, so describing a large recipe takes no memory.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan_accel.config import Config, LossConfig
-from vqgan_accel.models.build import build_discriminator
+from vqgan_accel.config import AutoencoderConfig, Config, DiscriminatorConfig, LossConfig, QuantizerConfig
 
 # FLOP that the perceptual networks take to compare two images, for each pixel of one of them, at 256 px. (Building them
 # would take longer than all else here. LPIPS of AlexNet and SqueezeNet, which pad less, takes up to a tenth less from
@@ -42,29 +42,55 @@ def describe(config: Config) -> dict[str, Any]:
 
     The perceptual network's figure is of one comparison: two images through it.
     """
-    codes, summary = config.quantizer, latent_summary(config)
-    with torch.device("meta"):
-        quantizer, discriminator = codes.build(), build_discriminator(config)
-        encoder, decoder = config.autoencoder.build(quantizer.input_channels, codes.embedding_dim)
-        image = torch.empty(1, 3, config.data.image_size, config.data.image_size)
-        tokens = torch.empty(1, codes.embedding_dim, *summary["latent_grid"])
-    parameters = {
-        "tokenizer": trainable_parameters(encoder, quantizer, decoder),
-        "discriminator": trainable_parameters(*([discriminator] if discriminator else [])),
-    }
-    gflop = {
-        "encoder": count_flop(encoder, image) / 1e9,
-        "decoder": count_flop(decoder, tokens) / 1e9,
-        "discriminator": count_flop(discriminator, image) / 1e9 if discriminator else 0.0,
-        "perceptual": perceptual_flop(config.losses, config.data.image_size) / 1e9,
-    }
+    image_size = config.data.image_size
+    counted = count_networks(config.autoencoder, config.quantizer, config.discriminator, image_size)
+    perceptual = perceptual_flop(config.losses, image_size)
     return {
-        "image_size": config.data.image_size,
-        **summary,
-        "quantizer": codes.type,
-        "parameters": parameters | {"total_trainable": sum(parameters.values())},
-        "gflop_per_image": gflop,
+        "image_size": image_size,
+        **latent_summary(config),
+        "quantizer": config.quantizer.type,
+        "parameters": {
+            "tokenizer": counted.tokenizer_parameters,
+            "discriminator": counted.discriminator_parameters,
+            "total_trainable": counted.tokenizer_parameters + counted.discriminator_parameters,
+        },
+        "gflop_per_image": {
+            "encoder": counted.encoder_flop / 1e9,
+            "decoder": counted.decoder_flop / 1e9,
+            "discriminator": counted.discriminator_flop / 1e9,
+            "perceptual": perceptual / 1e9,
+        },
     }
+
+
+class Counted(NamedTuple):
+    tokenizer_parameters: int
+    discriminator_parameters: int
+    encoder_flop: int  # of one image, forward
+    decoder_flop: int
+    discriminator_flop: int
+
+
+@functools.cache  # a training asks at its start and for its report
+def count_networks(
+    autoencoder: AutoencoderConfig,
+    codes: QuantizerConfig,
+    adversary: DiscriminatorConfig | None,
+    image_size: int,
+) -> Counted:
+    with torch.device("meta"):
+        quantizer, discriminator = codes.build(), adversary.build(image_size) if adversary else None
+        encoder, decoder = autoencoder.build(quantizer.input_channels, codes.embedding_dim)
+        image = torch.empty(1, 3, image_size, image_size)
+        side = image_size // autoencoder.stride
+        tokens = torch.empty(1, codes.embedding_dim, side, side)
+    return Counted(
+        trainable_parameters(encoder, quantizer, decoder),
+        trainable_parameters(discriminator) if discriminator else 0,
+        count_flop(encoder, image),
+        count_flop(decoder, tokens),
+        count_flop(discriminator, image) if discriminator else 0,
+    )
 
 
 def step_gflop(gflop: dict[str, float], adversarial: bool) -> float:

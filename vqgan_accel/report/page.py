@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from vqgan_accel import __version__
@@ -55,14 +56,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def page(runs: Sequence[Run]) -> str:
-    environment = Environment(
-        loader=PackageLoader("vqgan_accel.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    return environment.get_template("page.html").render(
+    return template().render(
         title=", ".join(run.name for run in runs),
         version=__version__,
         runs=runs,
@@ -76,6 +70,18 @@ def page(runs: Sequence[Run]) -> str:
         shown=shown,
         is_best=is_best,
     )
+
+
+@functools.cache
+def template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("vqgan_accel.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("page.html")
 
 
 def summary(run: Run) -> str:
