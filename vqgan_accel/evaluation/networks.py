@@ -10,8 +10,6 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torchmetrics.image.fid import NoTrainInceptionV3
 
 from vqgan_accel.config import WeightFiles
 from vqgan_accel.losses.perceptual import MobileNetDistance, MobileNetFeatures, load_lpips
@@ -56,9 +54,13 @@ def efficientnet_features(weights: WeightFiles) -> ByteFeatures:
     return ByteFeatures(load_efficientnet(weights.efficientnet_lite0), EfficientNetLite0.num_features)
 
 
-def inception(weights: WeightFiles) -> NoTrainInceptionV3:
+def inception(weights: WeightFiles) -> nn.Module:
     """uint8 (B, 3, H, W) -> (B, 2048) of the Inception network of FID's original TensorFlow code (torch-fidelity's
     port). Its `fc` gives the Inception Score's logits."""
+    # These take as long to import as torch: only where they are used.
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
     file = weights.inception
     if file is not None:
         load_state(Path(file), "weights.inception")  # torch-fidelity itself would execute what a pickle asks for

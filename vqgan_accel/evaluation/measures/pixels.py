@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from vqgan_accel.evaluation.measures.base import Collected, Mean, MeanOverImages, Measure, Seen, Setting
 from vqgan_accel.evaluation.pixels import SSIM as SSIM_RULES
@@ -55,6 +54,8 @@ class MSSSIM(MeanOverImages):
     """Wang et al. 2003, "Multi-scale structural similarity for image quality assessment", with its five weights."""
 
     def of_images(self, seen: Seen) -> Tensor:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # takes seconds
+
         x, y = seen.pixels.seen(seen.protocol.eight_bit_ssim)
         pairs = zip(x.split(1), y.split(1), strict=True)  # or a batch would take gigabytes
         values = [multiscale_structural_similarity_index_measure(made, image, data_range=1.0) for image, made in pairs]
