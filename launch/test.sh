@@ -2,7 +2,7 @@
 # Lint, types and the whole test suite.
 #   bash launch/test.sh [pytest arguments]        VENV=FOLDER says where the environment goes (default .venv-test)
 # With another constraints file than requirements.txt the tests alone, for lint and types are those of the newest
-# versions. The fast part with the lowest versions:
+# versions. All but the slow tests with the lowest versions:
 #   CONSTRAINTS=constraints-lowest.txt PYTHON=python3.10 VENV=.venv-lowest bash launch/test.sh -m "not slow"
 set -euo pipefail
 cd "$(dirname "$0")/.."

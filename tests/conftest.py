@@ -11,7 +11,11 @@ import pytest
 LONG = {f"test_{name}.py" for name in ("world_size", "faults", "device", "gpu_check", "training", "launch")}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(mark) for mark in ("slow", "seconds")):
+            item.add_marker(pytest.mark.fast)
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

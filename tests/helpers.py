@@ -23,15 +23,16 @@ TAMING = {"type": "taming", "channels": 32, "channel_multipliers": [1, 2, 2], "n
 torch.set_num_threads(1)
 
 
-def mostly_slow(cases: Collection[Any], *fast: Any) -> list[Any]:
-    """Parameters of a test that takes seconds for each: all but `fast` are slow, and still run by tests/mutations."""
-    assert set(fast) <= set(cases)
+def mostly_slow(cases: Collection[Any], *others: Any, fast: Collection[Any] = ()) -> list[Any]:
+    """Parameters of a test that takes seconds for each: `fast` are run by -m fast, too, `others` by -m "not slow", and
+    the rest are slow, and still run by tests/mutations."""
+    assert {*others, *fast} <= set(cases)
 
-    def slow(case: Any) -> Any:
-        values = case if isinstance(case, tuple) else (case,)
-        return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.mutations])
+    def marked(case: Any) -> Any:
+        marks = [pytest.mark.seconds] if case in others else [pytest.mark.slow, pytest.mark.mutations]
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
 
-    return [case if case in fast else slow(case) for case in cases]
+    return [case if case in fast else marked(case) for case in cases]
 
 
 def reset_accelerate() -> None:

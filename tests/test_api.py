@@ -30,6 +30,7 @@ def test_the_public_names_are_those_that_are_listed_and_say_what_they_are():
         vqgan_accel.tokenise  # noqa: B018
 
 
+@pytest.mark.seconds
 def test_the_examples_of_the_docstrings_give_what_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples.prepare(tmp_path)

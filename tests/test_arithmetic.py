@@ -204,6 +204,7 @@ IMPOSSIBLE = {
 OURS = {"convolution", "convolution_backward", "index_add_"}  # docs/exactness.md tells of these
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("layout", [{}, TAMING], ids=["maskgit", "taming"])
 def test_a_step_uses_nothing_that_cannot_be_deterministic_and_little_that_is_not_by_itself(
@@ -216,6 +217,7 @@ def test_a_step_uses_nothing_that_cannot_be_deterministic_and_little_that_is_not
     assert used & REPLACED <= OURS
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("distance", [LPIPSDistance, MobileNetDistance])
 def test_neither_does_a_perceptual_network(distance: Any) -> None:
     networks = [distance(name) for name in ("vgg", "alex")] if distance is LPIPSDistance else [distance()]
@@ -226,6 +228,7 @@ def test_neither_does_a_perceptual_network(distance: Any) -> None:
         assert not set(switches.tf32) & IMPOSSIBLE and set(switches.tf32) & REPLACED <= OURS
 
 
+@pytest.mark.seconds
 def test_the_setting_reaches_every_operator_of_a_step_and_changes_nothing_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

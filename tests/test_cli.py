@@ -283,6 +283,7 @@ def test_debug_lets_the_error_through(tmp_path):
         main(["train", str(tmp_path / "none.yaml"), "--debug"])
 
 
+@pytest.mark.seconds
 def test_the_script_ends_with_status_2_and_a_sentence_or_with_debug_in_a_traceback(tmp_path):
     code = (  # both in one process, for importing torch takes seconds
         "import runpy, sys\n"

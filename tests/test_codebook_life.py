@@ -98,6 +98,7 @@ def test_every_zero_steps_is_refused() -> None:
             plan_of(never)
 
 
+@pytest.mark.seconds
 def test_a_run_that_replaces_in_steps_says_so_at_those_steps_and_resumes(tmp_path: Path) -> None:
     """2 steps an epoch; between two replacements a checkpoint holds the uses so far."""
     quantizer = {"type": "standard", "reinit_every": "3 steps", "reinit_below": 0.5}
@@ -173,6 +174,7 @@ def resting() -> tuple[EMAQuantizer, Tensor]:
     return quantizer, before
 
 
+@pytest.mark.seconds
 def test_an_ema_code_that_nobody_uses_rests_where_it_is_and_comes_back_at_its_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

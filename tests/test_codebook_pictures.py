@@ -91,6 +91,7 @@ def test_the_histogram_of_neighbours_counts_every_code_once() -> None:
     neighbour_histogram(torch.zeros(4), torch.zeros(4))  # equal codes
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "quantizer",
     [

@@ -81,6 +81,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", [StandardQuantizer, EMAQuantizer])
 def test_re_initialisation_brings_them_back(kind: type[CodebookQuantizer]) -> None:
     assert usage_after(plain(kind), "reinit") > 0.9
@@ -90,14 +91,17 @@ def plain(kind: type[CodebookQuantizer]) -> CodebookQuantizer:
     return EMAQuantizer(K, WIDTH, 0.25, 0.9, 1e-5) if kind is EMAQuantizer else StandardQuantizer(K, WIDTH, 0.25)
 
 
+@pytest.mark.seconds
 def test_k_means_brings_them_back() -> None:
     assert usage_after(StandardQuantizer(K, WIDTH, 0.25), "kmeans") > 0.9
 
 
+@pytest.mark.seconds
 def test_the_entropy_loss_brings_them_back() -> None:
     assert usage_after(EntropyQuantizer(K, WIDTH, 0.25, ratio=1.0, temperature=2.0, target="softmax")) > 0.9
 
 
+@pytest.mark.seconds
 def test_unit_vectors_of_very_few_numbers_come_back() -> None:
     """Of two; of eight they do not, as measured: 0.41."""
     assert usage_after(StandardQuantizer(K, 2, 0.25, l2_normalize=True)) > 0.9
@@ -105,16 +109,19 @@ def test_unit_vectors_of_very_few_numbers_come_back() -> None:
     assert usage_after(StandardQuantizer(K, 8, 0.25, l2_normalize=True)) < 0.6
 
 
+@pytest.mark.seconds
 def test_simvq_and_ibq_move_all_codes_and_bring_them_back() -> None:
     assert usage_after(SimVQQuantizer(K, WIDTH, 0.25)) > 0.9
     torch.manual_seed(0)
     assert usage_after(IBQQuantizer(K, WIDTH, 0.25, 0.05, 0.01)) > 0.9
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", [StandardQuantizer, EMAQuantizer])
 def test_without_a_remedy_they_stay_away(kind: type[CodebookQuantizer]) -> None:
     assert usage_after(plain(kind)) < 0.5
 
 
+@pytest.mark.seconds
 def test_the_rotation_trick_alone_is_no_remedy() -> None:
     assert usage_after(StandardQuantizer(K, WIDTH, 0.25, gradient="rotation")) < 0.5

@@ -518,6 +518,7 @@ def test_junk_is_refused_with_a_value_error_or_is_a_config(values):
         assert str(error).startswith("config: ")
 
 
+@pytest.mark.seconds
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(sorted(config_keys())), st.text(max_size=10)), max_size=4))
 def test_junk_after_the_equals_sign_is_refused_with_a_value_error_or_is_a_config(pairs):
@@ -528,6 +529,7 @@ def test_junk_after_the_equals_sign_is_refused_with_a_value_error_or_is_a_config
         assert str(error).startswith("config: ")
 
 
+@pytest.mark.seconds
 @settings(max_examples=200, deadline=None)
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
 def test_a_file_of_junk_is_refused_with_a_value_error(content, tmp_path_factory):
@@ -577,6 +579,7 @@ def test_a_recipe_has_the_parameters_of_the_published_run(name):
     assert f"{TRAINABLE[name]:,} trainable parameters" in path.read_text()
 
 
+@pytest.mark.seconds
 def test_the_taming_recipe_has_the_tokenizer_of_llamagens_vq16():
     path = RECIPES / "taming_vq16.yaml"
     parameters = describe(load_config(path, ["losses.perceptual_weight=0"]))["parameters"]

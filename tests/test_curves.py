@@ -68,6 +68,7 @@ def curve(recipe: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str
     return metrics(train(config_with_start(folder, merged(BASE, RECIPES[recipe]))))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("recipe", mostly_slow(RECIPES, "standard"))
 def test_thirty_steps_have_the_losses_that_are_kept(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

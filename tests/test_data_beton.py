@@ -76,6 +76,7 @@ def test_other_images_have_another_fingerprint(tmp_path: Path) -> None:
     assert BetonSource(tmp_path, "train").fingerprint() != BetonSource(tmp_path, "test").fingerprint()
 
 
+@pytest.mark.seconds
 def test_a_run_trains_from_betons_what_it_trains_from_files(tmp_path: Path) -> None:
     written(tmp_path / "betons", golden("raw"))
     shutil.copy(tmp_path / "betons" / "train.beton", tmp_path / "betons" / "validation.beton")

@@ -118,6 +118,7 @@ def test_the_sides_are_disjoint_and_complete_in_the_order_of_the_whole_and_cut_n
         assert not folders[0] & folders[1]
 
 
+@pytest.mark.seconds
 @given(libraries, libraries, fractions, st.sampled_from(["file", "folder"]))
 def test_images_that_are_added_move_none_of_the_old_ones(old, new, fraction, group):
     before, after = sides(old, fraction, group), sides(sorted({*old, *new}), fraction, group)
@@ -204,6 +205,7 @@ def test_betons_are_written_divided_and_another_division_is_refused(tree, tmp_pa
 # ---- runs
 
 
+@pytest.mark.seconds
 def test_a_run_trains_validates_and_resumes_on_a_flat_folder(tmp_path, capsys):
     write_images(tmp_path / "flat", 24)
     data = {"path": str(tmp_path / "flat"), "train_split": ".", "validation_fraction": 0.3}
@@ -223,6 +225,7 @@ def test_a_run_trains_validates_and_resumes_on_a_flat_folder(tmp_path, capsys):
     assert (tmp_path / "validation" / "data" / "validation-00000-of-00001.parquet").is_file()
 
 
+@pytest.mark.seconds
 def test_another_division_of_a_resumed_run_is_said(tmp_path, capsys):
     write_images(tmp_path / "flat", 24)
     data = {"path": str(tmp_path / "flat"), "train_split": ".", "validation_fraction": 0.3}

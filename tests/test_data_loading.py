@@ -74,6 +74,7 @@ def test_training_batches_hold_the_views_of_their_keys(paths):
         assert torch.equal(batch["image"], torch.stack([view_of(paths, *key) for key in keys]))
 
 
+@pytest.mark.seconds
 def test_batches_do_not_depend_on_workers_or_on_what_was_loaded_before(paths):
     whole = list(train(paths))
     torch.set_num_threads(2)

@@ -119,6 +119,7 @@ def test_each_view_is_the_one_of_its_seed_pass_and_row(parquet: Path) -> None:
     assert set(passes) == set(EVERY_ROW) and max(passes.values()) > 1
 
 
+@pytest.mark.seconds
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_a_lane_gives_each_row_of_its_shards_once_a_pass(parquet: Path, block: int, lanes: int, number: int) -> None:
@@ -148,6 +149,7 @@ def test_a_lane_resumes_at_any_row(parquet: Path, block: int, count: int) -> Non
     assert [(row.epoch, row.number) for row in islice(iter(second), 90 - later)] == whole[later:]
 
 
+@pytest.mark.seconds
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 40))
 @settings(max_examples=40, deadline=None)
 def test_a_lane_resumed_with_another_buffer_still_gives_each_row_once_a_pass(
@@ -286,6 +288,7 @@ def numbers_read(
     return [np.array(round).T.flatten().tolist() for round in zip(*parts, strict=True)], after
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("processes", [48, 96])
 def test_any_number_of_processes_reads_what_those_that_divide_its_lanes_read(processes: int) -> None:
     source = Numbers(200, 6)
@@ -415,6 +418,7 @@ def test_auto_finds_the_backend_and_streams(tmp_path: Path) -> None:
 # ---- broken rows and wrong settings
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_row_stops_the_run_or_is_replaced_and_counted(tmp_path: Path, workers: int) -> None:
     path = write_parquet(tmp_path / "data", broken=(102,))
@@ -496,6 +500,7 @@ def test_an_interrupted_run_on_a_stream_goes_on_bit_for_bit(parquet: Path, tmp_p
     assert "epoch" not in metrics(whole)[0] and metrics(whole)[0]["total"] > 0
 
 
+@pytest.mark.seconds
 def test_a_run_on_a_stream_of_unknown_length_replaces_codes_in_steps(parquet: Path, tmp_path: Path) -> None:
     config = stream_config(tmp_path, parquet)
     quantizer = {"type": "ema", "num_codes": 64, "embedding_dim": 8, "reinit_every": "2 steps", "reinit_below": 0.1}

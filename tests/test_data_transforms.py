@@ -121,6 +121,7 @@ def test_each_of_seed_epoch_and_index_changes_the_view_and_nothing_else_does():
 SIDES = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 999, 4000]))
 
 
+@pytest.mark.seconds
 @given(SIDES, SIDES, st.sampled_from([4, 17]), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_any_size_from_one_pixel_to_extreme_aspects_gives_a_square(width, height, image_size, seed):

@@ -112,6 +112,7 @@ def test_batches_begin_with_the_largest_and_every_one_can_be_trained(machine, tr
     assert tried == sorted(set(tried), reverse=True) and tried[0] == largest
 
 
+@pytest.mark.seconds
 @settings(max_examples=40)
 @given(
     st.integers(1, 5000), st.integers(0, 8), st.integers(1, 3), st.integers(1, 8), st.booleans(), st.floats(1e-4, 100.0)
@@ -213,6 +214,7 @@ odd = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12) | st.sample
 )  # fmt: skip
 
 
+@pytest.mark.seconds
 @given(odd, odd, st.sampled_from([None, 1e-05, 0.1, 0.30000000000000004, 1e-300]), st.booleans(), odd)
 def test_a_written_config_loads_to_the_very_same(path, output_dir, fraction, adversarial, comment):
     values = {

@@ -44,6 +44,8 @@ from vqgan_accel.training.setup import open_run
 if not pretend_device.is_possible():
     pytest.skip("this torch knows no device that is written in Python", allow_module_level=True)
 
+pytestmark = pytest.mark.seconds
+
 There = Callable[..., Any]
 
 

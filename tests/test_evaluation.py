@@ -312,6 +312,7 @@ def test_another_laboratorys_protocol_is_another_fingerprint_with_other_pixels(r
     assert found["lightningdit"]["resize_filter"] == "torch bilinear, antialiased, float32"
 
 
+@pytest.mark.seconds
 def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path, here: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(tv.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
@@ -327,6 +328,7 @@ def test_the_protocol_names_the_networks_of_the_metrics(saved: Path, seven: Path
     assert list(report["results"]) == ["lpips", *RESULTS[4:]]
 
 
+@pytest.mark.seconds
 def test_results_go_beside_the_runs_config_or_into_the_tokenizers_folder_or_where_they_are_wanted(
     run: Path, saved: Path, seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +411,7 @@ def fingerprint_of(saved: Path, here: Path) -> Callable[..., str]:
     return of
 
 
+@pytest.mark.seconds
 def test_the_same_protocol_has_the_same_fingerprint(
     fingerprint_of: Callable[..., str], usual: str, seven: Path, tmp_path: Path
 ) -> None:
@@ -447,6 +450,7 @@ def test_another_protocol_has_another_fingerprint(
     assert fingerprint_of(data, *more, metrics=metrics) != usual
 
 
+@pytest.mark.seconds
 def test_other_weights_of_a_feature_network_have_another_fingerprint_and_another_file_of_the_same_has_not(
     fingerprint_of: Callable[..., str], seven: Path, tmp_path: Path
 ) -> None:
@@ -516,6 +520,7 @@ def test_a_frechet_distance_of_one_image_is_refused(saved: Path, tmp_path: Path,
     assert not here.exists()
 
 
+@pytest.mark.seconds
 def test_a_frechet_distance_of_one_readable_image_is_refused(saved: Path, tmp_path: Path, here: Path) -> None:
     write_images(tmp_path / "data" / "validation", 1)
     (tmp_path / "data" / "validation" / "broken.png").touch()

@@ -36,6 +36,7 @@ def test_a_link_moves_at_one_stroke(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "latest"]
 
 
+@pytest.mark.seconds
 def test_without_links_a_run_trains_goes_on_and_is_read_by_its_names(tmp_path: Path, no_links: None) -> None:
     settings = {"checkpoint_every": "1 step", "validate_every": "1 step"}
     run = loop.train(tiny_config(tmp_path, training={**settings, "max_steps": 2}))
@@ -92,6 +93,7 @@ def download(folder: Path) -> None:
             (folder / "weights").touch()
 
 
+@pytest.mark.seconds
 def test_what_one_process_downloads_the_others_find(tmp_path: Path) -> None:
     processes = [multiprocessing.get_context("fork").Process(target=download, args=(tmp_path,)) for _ in range(3)]
     for process in processes:

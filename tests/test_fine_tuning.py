@@ -34,6 +34,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.seconds
 def test_a_run_begins_with_the_average_and_the_discriminator_of_another_and_resumes_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_run_begins_with_the_average_and_the_discriminator_of_another_and_resu
     train(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 3})}), resume=True)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("saved", ["run without one", "save_pretrained", "import"])
 def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(
     saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -80,6 +82,7 @@ def test_where_there_is_no_discriminator_it_is_the_fresh_one_of_the_seed(
     train(config)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("quantizer", "architecture"),
     mostly_slow([*((kind, "maskgit") for kind in QUANTIZERS), ("ema", "taming")], ("standard", "maskgit")),
@@ -104,6 +107,7 @@ def test_decoder_only_changes_the_decoder_and_no_code(quantizer: str, architectu
     assert len(moments) == 3 * len(decoder)  # two moments and a step of every tensor that learns
 
 
+@pytest.mark.seconds
 def test_while_the_discriminator_warms_up_it_learns_and_the_tokenizer_learns_as_without_it(tmp_path: Path) -> None:
     training = {"max_steps": 4, "log_every": 1}
     alone = metrics(train(tiny_config(tmp_path / "alone", training=training)))
@@ -139,6 +143,7 @@ def test_another_epsilon_of_an_ema_codebook_is_another_codebook(tmp_path: Path) 
         train(config)
 
 
+@pytest.mark.seconds
 def test_a_layout_may_be_written_in_two_ways(tmp_path: Path) -> None:
     source = train(tiny_config(tmp_path / "a", quantizer={"type": "gumbel"}))
     written = {"type": "gumbel", "hidden_channels": 16}
@@ -148,6 +153,7 @@ def test_a_layout_may_be_written_in_two_ways(tmp_path: Path) -> None:
     train(tiny_config(tmp_path / "second", autoencoder=layout, training={"init_from": str(source)}))
 
 
+@pytest.mark.seconds
 def test_what_cannot_be_begun_with_is_named(tmp_path: Path) -> None:
     run = train(tiny_config(tmp_path / "first"))
     for training, sentence in (

@@ -34,6 +34,7 @@ def test_another_type_begins_with_its_defaults_and_says_what_it_leaves_out(capsy
         parse_config(EMA, ["quantizer.type=standard", "quantizer.decay=0.5"])
 
 
+@pytest.mark.seconds
 def test_resuming_with_other_networks_names_the_keys_that_changed(tmp_path):
     train(tiny_config(tmp_path))
     with pytest.raises(ValueError, match=r"when the run began: autoencoder\.channels: 32 -> 64; resume with") as error:

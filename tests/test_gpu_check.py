@@ -49,6 +49,7 @@ def test_every_quantizer_is_checked(tmp_path):
         assert load_config(tiny_config(place, kind), [f"output_dir={tmp_path}"]).quantizer.type == kind
 
 
+@pytest.mark.seconds
 def test_a_check_that_fails_or_hangs_leaves_the_others_their_results(tmp_path):
     def good(place):
         place.record("a number", 1.5, "s", "2")

@@ -115,6 +115,7 @@ def test_a_report_that_is_none_is_named(content: str, run: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.seconds
 def test_every_command_takes_a_name_on_the_hub(
     run: Path, tmp_path: Path, put: Put, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def test_the_yaml_becomes_a_config_that_builds_the_same_tokenizer(case: str, tmp
         assert (config.quantizer.temperature_end, str(config.quantizer.kl_warmup)) == (0.0625, "0.24 epochs")
 
 
+@pytest.mark.seconds
 def test_the_discriminator_comes_along(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = StyleGAN2Discriminator(image_size=32)

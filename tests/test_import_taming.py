@@ -72,6 +72,7 @@ def test_the_yaml_becomes_a_config_that_builds_the_same_tokenizer(tmp_path: Path
     assert (config.training.base_lr, config.training.base_batch_size) == (4.5e-6, 1)
 
 
+@pytest.mark.seconds
 def test_the_imported_folder_is_a_recipe_that_goes_on_from_its_weights(tmp_path: Path) -> None:
     import_taming(CHECKPOINT, YAML, tmp_path / "imported")
     images = write_splits(tmp_path / "images", size=32)
@@ -94,6 +95,7 @@ def test_the_imported_folder_is_a_recipe_that_goes_on_from_its_weights(tmp_path:
     assert main(["export", "diffusers", str(run), "--output", str(tmp_path / "exported")]) == 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("attention", [(), (1,), (0, 2)], ids=str)
 def test_every_layout_equals_a_second_implementation(attention: tuple[int, ...], tmp_path: Path) -> None:
     theirs = VQGAN(TAMING, multipliers=(1, 2, 2), attention=attention)
@@ -104,6 +106,7 @@ def test_every_layout_equals_a_second_implementation(attention: tuple[int, ...],
     assert isinstance(config.autoencoder, TamingConfig) and config.autoencoder.attention_levels == attention
 
 
+@pytest.mark.seconds
 def test_the_gumbel_variant(tmp_path: Path) -> None:
     theirs = VQGAN(TAMING, multipliers=(1, 2), attention=(1,))
     codes, quantized = theirs.most_likely(theirs.latents(pixels()))
@@ -117,6 +120,7 @@ def test_the_gumbel_variant(tmp_path: Path) -> None:
     assert str(quantizer.temperature_decay) == "1000001 steps"
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("place", ["model", "ema", "state_dict", "bare", "wrapped"])
 def test_llamagens_tokenizer(place: str, tmp_path: Path) -> None:
     theirs = VQGAN(LLAMAGEN, multipliers=(1, 1, 2), attention=(2,))
@@ -184,6 +188,7 @@ def test_what_else_lies_in_a_checkpoint_does_not_matter(form: str, tmp_path: Pat
     assert torch.equal(tokenizer.encode(images).flatten(1), load_golden(golden)["out.codes"])
 
 
+@pytest.mark.seconds
 def test_what_does_not_fit_is_named_and_nothing_is_left_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +242,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left_behind(
     assert "give --config=YAML" in sentence("llamagen", CHECKPOINT, "--config", YAML)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("unit", [False, True], ids=["taming", "llamagen"])
 def test_diffusers_vqmodel_gives_our_reconstructions(unit: bool, tmp_path: Path) -> None:
     if unit:

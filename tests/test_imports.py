@@ -135,6 +135,7 @@ def test_the_exceptions_are_still_needed() -> None:
     assert {*used} == {*EXCEPTIONS}
 
 
+@pytest.mark.seconds
 def test_packages_without_a_door_import_nothing() -> None:
     """To import a part of one, data.sources say, must not import all of it."""
     for package in ("data", "models", "losses", "evaluation", "tokens", "training", "interop"):

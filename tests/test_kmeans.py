@@ -147,6 +147,7 @@ def test_centres_are_equal_on_every_process_and_those_of_one_process_but_for_rou
 KMEANS = {"type": "ema", "num_codes": 8, "init": "kmeans"}
 
 
+@pytest.mark.seconds
 def test_a_run_begins_with_the_centres_of_its_first_batch_in_all_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_run_begins_with_the_centres_of_its_first_batch_in_all_rounds(
     assert given == [(2, 4, position_seed(CODE_INIT, 7))]  # once, before the first step
 
 
+@pytest.mark.seconds
 def test_a_resumed_run_with_kmeans_is_the_uninterrupted_one(tmp_path: Path) -> None:
     training = {"max_steps": 4, "ema_decay": 0.9}
     whole = train(tiny_config(tmp_path / "whole", quantizer=KMEANS, training=training))
@@ -175,6 +177,7 @@ def test_a_resumed_run_with_kmeans_is_the_uninterrupted_one(tmp_path: Path) -> N
     assert_same_bits(whole / "checkpoints" / "latest", train(config, resume=True) / "checkpoints" / "latest")
 
 
+@pytest.mark.seconds
 def test_a_codebook_that_came_with_a_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kmeans = KMEANS | {"type": "standard"}
     first = train(tiny_config(tmp_path / "first", quantizer=kmeans | {"init": "normal"}))

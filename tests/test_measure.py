@@ -66,6 +66,7 @@ def config_with(folder: Path, discriminator: dict[str, Any] | None) -> Any:
     return tiny_config(folder, data={"path": "x"}, losses=losses, discriminator=discriminator)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("discriminator", "timings", "steps"),
     [

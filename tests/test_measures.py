@@ -303,6 +303,7 @@ def test_more_neighbours_than_codes_are_refused() -> None:
 # ---- pixels and codes
 
 
+@pytest.mark.seconds
 def test_ms_ssim_is_torchmetrics_of_each_image() -> None:
     images = pictures(2, 0, size=176)
     made = (images + 0.3 * torch.randn(images.shape, generator=generator(3))).clamp(-1, 1)
@@ -364,6 +365,7 @@ def test_efficientnet_sees_pixels_as_it_was_trained() -> None:
     torch.testing.assert_close(seen[0], (levels - 127) / 128)
 
 
+@pytest.mark.seconds
 def test_efficientnets_metrics_are_lpips_construction_and_a_frechet_distance_of_its_features(
     efficientnet_file: Path,
 ) -> None:
@@ -385,6 +387,7 @@ def test_efficientnets_metrics_are_lpips_construction_and_a_frechet_distance_of_
     assert results["fd_efficientnet"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
 
 
+@pytest.mark.seconds
 def test_with_the_packaged_weights_a_cat_is_a_cat_and_blur_is_ordered() -> None:
     """Its own classifier on the features: another scale of pixels or another padding would not find it."""
     file = packaged_file()
@@ -458,6 +461,7 @@ def test_dinov2_has_the_published_names_and_shapes_and_gives_the_class_token() -
     torch.testing.assert_close(constant.positions(), torch.full((1, 256, 16), 3.0))
 
 
+@pytest.mark.seconds
 def test_a_missing_file_of_dinov2_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"weights\.dinov2: there is no file"):
         Metrics(["fd_dinov2"], (16,), FREE, WeightFiles(dinov2=str(tmp_path / "none.pth")), CPU)
@@ -466,6 +470,7 @@ def test_a_missing_file_of_dinov2_is_named(tmp_path: Path) -> None:
 # ---- LPIPS of several networks
 
 
+@pytest.mark.seconds
 def test_each_lpips_reads_its_own_networks_file(tmp_path: Path) -> None:
     for name, backbone in (("lpips_vgg", "vgg16"), ("lpips_alex", "alexnet"), ("lpips_squeeze", "squeezenet")):
         with pytest.raises(FileNotFoundError, match=rf"weights\.{backbone}: there is no file"):

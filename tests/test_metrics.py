@@ -449,6 +449,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     file.unlink()
 
 
+@pytest.mark.seconds
 def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
     inception_file: Path, quick_inception: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +483,7 @@ def test_rfid_is_the_frechet_distance_of_the_inception_network_in_the_file(
         np.testing.assert_allclose(covariance.numpy(), np.cov(rows, rowvar=False), atol=1e-5 * rows.var())
 
 
+@pytest.mark.seconds
 def test_rfid_sees_images_as_torch_fidelity_does(inception_file: Path, quick_inception: None) -> None:
     theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file)).eval()
     images = (F.interpolate(torch.rand(1, 3, 8, 8), (64, 64), mode="bilinear") * 255).byte()
@@ -581,6 +583,7 @@ def test_without_a_network_the_sentence_names_the_file_that_torch_fidelity_publi
 # ---- networks in the protocol
 
 
+@pytest.mark.seconds
 def test_the_hash_of_a_network_is_of_its_weights_and_not_of_its_file(mobilenet_file: Path, tmp_path: Path) -> None:
     def hash_of(file: Path) -> str:
         (value,) = build("fd_mobilenet", weights=WeightFiles(mobilenet_v2=str(file))).network_hashes().values()

@@ -63,6 +63,7 @@ def run(
     return [model, d_model], made.losses | parts, first, second
 
 
+@pytest.mark.seconds
 def test_convolutions_run_in_bf16_and_what_decides_codes_losses_and_the_weight_in_float32() -> None:
     _, values, first, second = run("bf16", with_r1=False)
     for half in (first, second):
@@ -78,12 +79,14 @@ def test_convolutions_run_in_bf16_and_what_decides_codes_losses_and_the_weight_i
     assert {value.dtype for value in values.values()} == {torch.float32}
 
 
+@pytest.mark.seconds
 def test_r1_is_float32_from_the_images_to_the_last_gradient() -> None:
     _, _, _, second = run("bf16", with_r1=True)
     assert second.of["convolution"] and second.of["convolution_backward"]
     assert torch.bfloat16 not in {dtype for dtypes in second.of.values() for dtype in dtypes}
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("with_r1", [False, True])
 def test_a_step_in_bf16_has_the_values_of_one_in_float32_and_its_gradients_point_the_same_way(with_r1: bool) -> None:
     """Networks that have learnt nothing magnify rounding: the tokenizer's gradients are a quarter apart here, and 8 %
@@ -101,6 +104,7 @@ def test_a_step_in_bf16_has_the_values_of_one_in_float32_and_its_gradients_point
         assert F.cosine_similarity(ours, expected, dim=0) > 0.9
 
 
+@pytest.mark.seconds
 def test_features_as_large_as_the_network_are_returned_only_where_lambda_needs_them() -> None:
     """In bf16 Accelerate copies whatever a network returns to float32."""
     asked: list[bool] = []

@@ -103,6 +103,7 @@ def test_photographs_in_albums_become_a_config_that_trains_and_validates(tmp_pat
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_a_real_step_is_measured(monkeypatch, tmp_path):
     write_images(tmp_path / "pictures", 30, size=32)
     new(str(tmp_path / "pictures"), None, TINY)
@@ -155,6 +156,7 @@ def test_without_a_training_split_all_images_are_divided_and_validation_among_th
     assert (data.validation_fraction, data.validation_group) == (0.4, "folder")
 
 
+@pytest.mark.seconds
 def test_stored_data_sets_and_betons_come_through_the_same_door(tmp_path):
     write_images(tmp_path / "plain" / "train", 40)
     write_images(tmp_path / "plain" / "validation", 4)
@@ -185,6 +187,7 @@ def drifting(photograph: str, frames: int, step: float) -> list[Image.Image]:
     return [whole.crop((x, y, x + side, y + side)).resize((64, 64)) for x, y in places]
 
 
+@pytest.mark.seconds
 def test_neighbours_in_films_and_patches_are_alike_and_photographs_in_albums_are_not(tmp_path):
     for name in ("astronaut", "coffee", "rocket", "chelsea"):
         whole = Image.fromarray(np.asarray(getattr(photographs, name)())[..., :3]).resize((256, 256))
@@ -214,6 +217,7 @@ def test_many_images_are_looked_at_in_part(tmp_path, monkeypatch):
 # ---- what is made of the machine
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("gpus", "fits", "images", "batch", "number"), [(8, 64, 1000, 256, 8), (1, 16, 1000, 16, 1), (8, 64, 20, 20, 5)]
 )

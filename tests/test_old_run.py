@@ -30,6 +30,7 @@ def old(tmp_path: Path) -> Config:
     return load_config(tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path / 'run'}", f"data.path={images}"])
 
 
+@pytest.mark.seconds
 def test_it_goes_on_as_it_would_have(old: Config) -> None:
     """To rounding, for processors differ; on the machine that made it, bit for bit."""
     expected = metrics(GOLDEN / "old_run")

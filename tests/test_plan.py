@@ -197,6 +197,7 @@ def test_a_discriminator_that_would_start_when_training_ends_is_refused() -> Non
     assert make_plan(config, num_images=45, num_processes=1).discriminator_start == 7
 
 
+@pytest.mark.seconds
 def test_a_run_validates_and_saves_when_it_is_due_and_at_its_end(tmp_path: Path) -> None:
     every = {"validate_every": "3 steps", "checkpoint_every": "2 steps", "keep_checkpoints": 9}
     run = train(tiny_config(tmp_path, training={"max_steps": 7, "log_every": 4, **every}))

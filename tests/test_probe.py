@@ -65,6 +65,7 @@ def test_of_a_deterministic_chain_it_is_what_the_first_code_costs() -> None:
     assert follows.float().mean() > 0.98 and len(drawn[:, 0].unique()) > 6
 
 
+@pytest.mark.seconds
 def test_the_same_seed_gives_the_same_model_and_another_one_does_not() -> None:
     codes = chain(100, 0)
     first, same, other = (bits_per_token(fit(codes, 8, 3, seed, CPU), codes) for seed in (0, 0, 1))
@@ -105,6 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.seconds
 def test_the_command_writes_numbers_and_a_grid(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["probe", str(made / "tokenizer"), "--tokens", str(made / "tokens"), "--steps", "3", "--samples", "9"]
     torch.save(tv.mobilenet_v2(weights=None).state_dict(), tmp_path / "mobilenet_v2.pth")

@@ -19,6 +19,7 @@ from vqgan_accel.recipes import CONFIGS, LAUNCH, copy_launch_files, recipes, sum
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.mark.seconds
 def test_recipes_have_one_place_and_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert CONFIGS.resolve() == REPOSITORY / "configs" and LAUNCH.resolve() == REPOSITORY / "launch"
     monkeypatch.chdir(tmp_path)
@@ -96,6 +97,7 @@ def completions(line: str, tmp_path: Path) -> list[str]:
     return [word.strip() for word in (tmp_path / "offered").read_text().split("\n")]
 
 
+@pytest.mark.seconds
 def test_the_tab_key_knows_commands_recipes_and_keys(tmp_path):
     assert completions("vqgan-accel desc", tmp_path) == ["describe"]
     assert completions("vqgan-accel train imagenet/gum", tmp_path) == [

@@ -120,6 +120,7 @@ def test_the_command_writes_pictures_and_the_numbers_of_each_image(
     assert float(rows[0]["psnr"]) == pytest.approx(psnr, abs=0.02)  # the picture is rounded to 8 bits
 
 
+@pytest.mark.seconds
 def test_what_is_wrong_is_named_and_nothing_is_left_behind(tmp_path: Path, tokenizer: ImageTokenizer) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "broken.png").write_bytes(b"no image")

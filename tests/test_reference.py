@@ -84,6 +84,7 @@ def measured(saved: Path, images: Path, output: Path, reference: Path, *more: st
     return evaluate(saved, overrides=settings, output=output)
 
 
+@pytest.mark.seconds
 def test_another_data_set_is_what_reconstructions_are_compared_with(
     saved: Path, images: Path, others: Path, distance: float, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_statistics_of_other_weights_are_refused(
         measured(saved, images, tmp_path / "out", tmp_path / "s.npz", metrics=("rfid",))
 
 
+@pytest.mark.seconds
 def test_adms_files_of_statistics_and_samples_are_read(
     saved: Path, images: Path, others: Path, distance: float, tmp_path: Path
 ) -> None:
@@ -253,6 +255,7 @@ def test_reconstructions_are_written_in_the_order_of_the_split(
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.seconds
 def test_reconstructions_that_we_wrote_are_a_reference_of_distance_zero(
     saved: Path, images: Path, tmp_path: Path
 ) -> None:

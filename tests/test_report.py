@@ -87,6 +87,7 @@ def test_a_start_is_recorded_with_its_machine_and_versions(three: dict[str, Path
     assert start["validation_images"].startswith("3 images, names ")
 
 
+@pytest.mark.seconds
 def test_the_clock_is_kept_apart_and_cut_with_the_metrics_where_a_run_is_resumed(tmp_path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "log_every": 1, "checkpoint_every": "2 steps"}
     config = tiny_config(tmp_path, training=settings)
@@ -127,6 +128,7 @@ def test_a_report_that_cannot_be_written_does_no_harm_to_the_training(tmp_path, 
     assert (run / "checkpoints" / "latest").is_dir() and not (run / "report.html").exists()
 
 
+@pytest.mark.seconds
 def test_a_run_that_never_came_to_a_checkpoint_leaves_nothing_to_the_next_one_in_its_folder(tmp_path) -> None:
     run = train(tiny_config(tmp_path, training={"max_steps": 3, "validate_every": "1 step"}))
     shutil.rmtree(run / "checkpoints")
@@ -201,6 +203,7 @@ def test_numbers_at_the_axis_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_value_that_a_run_logs_has_a_place_on_the_page(quantizer: str, tmp_path) -> None:
     settings: dict[str, Any] = {"discriminator": DISCRIMINATOR | {"r1_weight": 1.0}, "training": {"log_every": 1}}

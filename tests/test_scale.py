@@ -43,6 +43,7 @@ class Collected(Dataset[float]):
         return scale.megabytes(os.getpid(), *scale.KINDS) - before
 
 
+@pytest.mark.seconds
 def test_a_worker_that_collects_garbage_goes_on_sharing_its_parents_objects() -> None:
     objects = [[number] for number in range(200_000)]  # 27 MB, in the hands of the collector
     (grown,) = DataLoader(Collected(), batch_size=None, **worker_options(1))

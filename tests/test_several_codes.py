@@ -236,6 +236,7 @@ def test_a_run_says_the_use_of_each_codebook_and_replaces_rare_codes(run: Path) 
     assert {f"validation/codebook_usage_{place}" for place in (1, 2, 3)} <= validation.keys()
 
 
+@pytest.mark.seconds
 def test_evaluation_tokens_pictures_and_export_know_several_codes(run: Path, tmp_path: Path) -> None:
     report = evaluate(run, output=tmp_path / "evaluation")["results"]
     bits = math.log2(report["perplexity"])

@@ -82,6 +82,7 @@ def missing_from_the_list(run: Run) -> list[str]:
     return found
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_whatever_holds_tensors_in_a_run_is_on_the_list(quantizer: str, tmp_path: Path) -> None:
     with open_run(full(tmp_path, quantizer)) as run:
@@ -101,6 +102,7 @@ def test_a_module_a_tensor_or_an_average_that_is_not_listed_is_found(tmp_path: P
         assert missing_from_the_list(run) == ["networks: Linear", "networks: ImageTokenizer", "pace: Tensor"]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_all_of_it_comes_back_from_a_checkpoint(quantizer: str, tmp_path: Path) -> None:
     """Whatever is spoilt after it was written: weights, statistics, moments, counts, numbers."""

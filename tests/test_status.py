@@ -32,6 +32,7 @@ def asked(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return main(["status", str(run)]), capsys.readouterr().out.strip()
 
 
+@pytest.mark.seconds
 def test_a_run_is_interrupted_goes_on_and_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, training={"max_steps": 3})
     stopped(config, 2)

@@ -51,6 +51,7 @@ def test_a_step_does_the_arithmetic_that_its_mathematics_needs_and_no_more(case:
     assert 0.995 * least <= done <= 1.02 * least
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("case", CASES[3:], ids=lambda case: case.name)
 def test_a_step_holds_fewer_bytes_at_once_than_the_plain_way(case: Case, tmp_path: Path) -> None:
     config = small(tmp_path)

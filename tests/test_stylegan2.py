@@ -146,6 +146,7 @@ def test_downsampling_has_the_second_derivatives_of_a_plain_blur_then_every_othe
         assert relative_error(value, expected) <= 1e-10
 
 
+@pytest.mark.seconds
 def test_a_blocks_gradient_in_its_input_passes_gradcheck_in_the_input_and_every_parameter() -> None:
     torch.manual_seed(0)
     block = Block(2, 2, from_rgb=True).double()

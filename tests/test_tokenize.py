@@ -118,6 +118,7 @@ def test_codes_above_65536_are_int32(images: Path) -> None:
     assert max(max(row) for row in rows["codes"]) > 2**16
 
 
+@pytest.mark.seconds
 def test_views_are_the_centre_its_mirror_image_and_torchvisions_ten_crops(
     images: Path, tokenizer: ImageTokenizer
 ) -> None:
@@ -244,6 +245,7 @@ def test_broken_images_stop_it_or_are_left_out_with_all_their_views(
     assert rows["label"][:] == [0] * 10 + [1] * 6 + [2] * 4
 
 
+@pytest.mark.seconds
 def test_labels_of_data_sets_and_of_betons(images: Path, tokenizer: ImageTokenizer, tmp_path: Path) -> None:
     assert main(command(images)) == 0
     expected = load_tokens(tmp_path / "tokens")
@@ -393,6 +395,7 @@ def test_broken_images_are_left_out_whatever_the_architecture(tmp_path: Path, im
     assert load_tokens(tmp_path / "tokens")["index"][:] == [index for index in range(11) if index != 5]
 
 
+@pytest.mark.seconds
 def test_what_is_wrong_is_one_sentence_and_nothing_is_touched(
     images: Path, tokenizer: ImageTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

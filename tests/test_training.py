@@ -138,6 +138,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     assert metrics(whole) == metrics(resumed)
 
 
+@pytest.mark.seconds
 def test_an_interruption_between_epochs_and_within_one_is_the_same(tmp_path):
     whole = train(everything(tmp_path / "whole"))  # 2 steps an epoch: step 4 ends one, step 5 is inside one
     for step in (4, 5):
@@ -153,6 +154,7 @@ def test_resume_without_a_checkpoint_begins_anew(tmp_path):
     assert checkpoints(run)
 
 
+@pytest.mark.seconds
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, capsys):
     config = everything(tmp_path)
     run = train(config)
@@ -169,6 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
+@pytest.mark.seconds
 def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "HELD_PATIENCE", 0.2)  # seconds, in place of minutes, for its former self to end
     config = tiny_config(tmp_path)
@@ -197,6 +200,7 @@ def test_a_requeued_job_waits_for_its_former_self_and_is_told_to_start_again(tmp
     assert capsys.readouterr().err.count("another process is at work in") == 2
 
 
+@pytest.mark.seconds
 def test_a_changed_setting_takes_effect_where_a_run_is_resumed(tmp_path, capsys):
     train(everything(tmp_path, max_steps=3))
     config = everything(tmp_path, eps=1e3, weight_decay=0.0)  # steps too small to change a float32
@@ -207,6 +211,7 @@ def test_a_changed_setting_takes_effect_where_a_run_is_resumed(tmp_path, capsys)
     assert (before[name] - after[name]).abs().max() < 1e-7
 
 
+@pytest.mark.seconds
 def test_other_training_images_are_told_where_a_run_is_resumed(tmp_path, capsys):
     run = train(everything(tmp_path, max_steps=3))
     (tmp_path / "images" / "train" / "007.png").rename(tmp_path / "images" / "train" / "008.png")
@@ -218,6 +223,7 @@ def test_other_training_images_are_told_where_a_run_is_resumed(tmp_path, capsys)
     assert len(checkpoints(run)) == 3
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("lost", ["latest", "best"])
 def test_a_link_that_an_interruption_left_behind_is_made_good(tmp_path, lost):
     config = everything(tmp_path)
@@ -230,6 +236,7 @@ def test_a_link_that_an_interruption_left_behind_is_made_good(tmp_path, lost):
     assert os.readlink(link) == right
 
 
+@pytest.mark.seconds
 def test_checkpoints_that_cannot_be_read_just_now_are_neither_overlooked_nor_given_up(tmp_path, monkeypatch):
     config = everything(tmp_path)
     run = train(config)
@@ -257,6 +264,7 @@ def test_a_checkpoint_without_a_sound_manifest_is_damaged(tmp_path, manifest, fa
     assert fault in (checkpoint.damage(file.parent) or "")
 
 
+@pytest.mark.seconds
 def test_a_folder_in_the_place_of_a_link_is_put_right(tmp_path):
     config = everything(tmp_path)
     run = train(config)
@@ -290,6 +298,7 @@ def test_a_checkpoint_without_a_discriminator_is_refused_by_a_config_with_one(tm
     assert load_config(tmp_path / "run" / "config.yaml").discriminator is None  # still that of the checkpoint
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("text", ["", "training: [", "unknown: 1\n"])
 def test_a_run_whose_config_file_cannot_be_read_goes_on_with_the_given_one(tmp_path, capsys, text):
     config = tiny_config(tmp_path, training={"max_steps": 3})
@@ -312,6 +321,7 @@ def test_metrics_are_cut_at_the_resumed_step_and_of_what_is_no_line(tmp_path, re
     assert file.read_text().splitlines() == lines[:4]
 
 
+@pytest.mark.seconds
 def test_a_resumed_run_goes_on_in_its_tensorboard_curves(tmp_path):
     settings = {"tracking": {"trackers": ["tensorboard"]}, "training": {"log_every": 1, "checkpoint_every": "2 steps"}}
     train(tiny_config(tmp_path, **merged(settings, {"training": {"max_steps": 4, "lr_decay": "6 steps"}})))
@@ -424,6 +434,7 @@ def train_poisoned(config: Config, bad_calls: set[int], resume: bool = False) ->
         return train_to_the_end(run, StopRequest())
 
 
+@pytest.mark.seconds
 def test_a_non_finite_step_changes_no_weight_no_moment_and_no_codebook(tmp_path):
     settings = {"checkpoint_every": "1 step", "keep_checkpoints": 9}
     run = train_poisoned(everything(tmp_path, **settings), {3})
@@ -464,6 +475,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_weights_from_before(t
 # ---- phases
 
 
+@pytest.mark.seconds
 def test_the_discriminator_rests_until_its_start(tmp_path):
     settings = {"max_steps": 3, "checkpoint_every": "1 step", "log_every": 1, "base_lr": 1e-1}
     alone = train(tiny_config(tmp_path / "alone", training=settings))
@@ -515,6 +527,7 @@ def test_of_each_metric_the_better_value_is_the_lower_or_the_higher_one(metric):
     assert not is_better(metric, 1.0, 1.0) and not is_better(metric, float("nan"), 1.0)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("metric", "best"), [("l2", 4), ("psnr", 3)])
 def test_best_leads_to_the_best_validation_and_of_equals_to_the_first(metric, best, tmp_path, monkeypatch):
     values = iter([float("nan"), 2.0, 3.0, 1.0, 3.0, 1.0])

@@ -56,6 +56,7 @@ def test_health_is_that_of_all_rounds_and_processes(monkeypatch: pytest.MonkeyPa
     assert health(quantizer, []).keys() == {"codebook_norm"}  # of a step that was skipped
 
 
+@pytest.mark.seconds
 def test_a_run_logs_them_for_each_epoch_and_each_validation(tmp_path: Path) -> None:
     training = {"max_steps": 4, "validation_metrics": ["codebook"], "best_metric": "quantization_error"}
     run = train(tiny_config(tmp_path, training=training))

@@ -111,6 +111,7 @@ def same_end(run: Path, whole: Path) -> None:
     assert (run / "checkpoints" / "best").resolve().name == (whole / "checkpoints" / "best").resolve().name
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("times", [3, 6, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in NOT_THESE)])
 def test_wherever_it_is_asked_to_stop_it_stops_there_and_ends_as_the_undisturbed_run(times: int, whole: Path) -> None:
     config = validating(whole.parent.parent / f"asked-{times}")
@@ -149,6 +150,7 @@ class Breaking:
             yield batch
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("number", "saved"), [(1, 3), (2, 5)])
 def test_a_crash_in_a_validation_loses_no_checkpoint_that_was_due(number: int, saved: int, whole: Path) -> None:
     config = validating(whole.parent.parent / f"crash-{number}")
