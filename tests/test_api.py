@@ -19,7 +19,17 @@ from vqgan_accel.config import StandardQuantizerConfig
 from vqgan_accel.interop.lightning import import_lightning
 
 REPOSITORY = Path(__file__).parent.parent
-HEAVY = ("torch", "torchvision", "diffusers", "accelerate", "datasets", "lpips", "torchmetrics", "pydantic")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "lpips",
+    "torchmetrics",
+    "torch_fidelity",
+    "pydantic",
+)
 
 
 def test_the_public_names_are_those_that_are_listed_and_say_what_they_are():
@@ -116,3 +126,10 @@ COMMAND = "from vqgan_accel.cli import main; main({})"
 def test_what_answers_at_once_imports_nothing_that_takes_seconds(code, expected):
     """Importing torch takes 2 s here; diffusers, torchvision and lpips took 6 s more."""
     assert imported(code) == expected
+
+
+@pytest.mark.slow
+def test_a_training_imports_what_it_trains_with_and_not_every_metrics_package():
+    """torchmetrics brings scipy, and takes as long as torch."""
+    found = imported("import vqgan_accel.training.loop")
+    assert {"torch", "diffusers"} <= set(found) and not {"torchmetrics", "torch_fidelity", "lpips"} & set(found)
