@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 from torch.nn import functional as F
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from vqgan_accel.models.weights import (
     IMAGENET_MEAN,
@@ -95,6 +94,9 @@ class DINOv2(FixedModule):
         return F.interpolate(square, scale_factor=(scale, scale), mode="bicubic").flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
+        # (Here, for its package brings scipy.)
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
         pixels = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIZE, SIZE), align_corners=False)
         patches = self.patch_embed["proj"]((pixels - self.mean) / self.std).flatten(2).transpose(1, 2)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
